@@ -1,0 +1,43 @@
+# Two commands: `make demo` and `make test`. Both make .venv with the locked versions first.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-fast lint clean distclean
+
+help:
+	@echo "make demo       install, then grow the starter's LLM by four modalities with MERA"
+	@echo "make test       install, then run the whole test suite"
+	@echo "make test-fast  the suite without its slow tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      remove what tests and tools leave behind"
+	@echo "make distclean  also remove .venv, artifacts, mlruns and the Prefect database"
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/graftline run params/starter.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv artifacts mlruns .prefect

@@ -1,0 +1,205 @@
+"""The command line `graftline`. Heavy modules are imported only by the commands that need them."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+from tasks.environment import prepare
+
+prepare()
+
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from graftline.errors import GraftlineError  # noqa: E402
+from tasks.interruption import remember_signals, requested  # noqa: E402
+
+if TYPE_CHECKING:
+    from graftline.recipe import Recipe
+
+EXIT_FAILED = 1
+app = typer.Typer(
+    name="graftline",
+    help="Grow a multimodal LLM one modality at a time without hurting what it already knows.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="The starter's data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+console = Console(stderr=True)
+out = Console()
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, e.g. params/starter.yaml.")]
+Method = Annotated[
+    str | None,
+    typer.Option(help="mera, merge-only, realign-only, finetune, connector-only, joint, experts."),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of all random choices.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. replay.fraction=0.01."),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show Prefect's own log lines.")]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    method: Method = None,
+    seed: Seed = None,
+    settings: Settings = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run a recipe from data to report; what is finished already is reused."""
+    prepare(verbose=verbose)
+    overrides = _overrides(method, seed, settings)
+    chosen = _recipe(recipe, overrides)
+    from flows.running import run_recipe
+
+    console.print(
+        f"[bold]{chosen.name}[/]: {chosen.method}, {' → '.join(chosen.order)}, seed {chosen.seed}"
+    )
+    folder = run_recipe(str(recipe), chosen, overrides, console)
+    from flows.showing import print_report
+
+    print_report(out, folder)
+    out.print(
+        "\nCompare runs: [bold]graftline ui[/]    Another method: add [bold]--method finetune[/]"
+    )
+
+
+@app.command()
+def show(
+    recipe: RecipePath, method: Method = None, seed: Seed = None, settings: Settings = None
+) -> None:
+    """Print the table of a finished run and where its pictures lie."""
+    overrides = _overrides(method, seed, settings)
+    chosen = _recipe(recipe, overrides)
+    from flows.showing import print_report
+    from tasks.outputs import report_folder
+
+    folder = report_folder(chosen)
+    if not (folder / "metrics.json").exists():
+        words = ["graftline run", str(recipe)]
+        words += [f"--method {method}"] if method else []
+        words += [f"--seed {seed}"] if seed is not None else []
+        raise GraftlineError(f"{folder} holds no report yet; run: {' '.join(words)}")
+    print_report(out, folder)
+
+
+@app.command()
+def ui(
+    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI; 0: a free one.")] = 5000,
+    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect UI; 0: any free.")] = 4200,
+) -> None:
+    """Start the MLflow UI and the Prefect UI on loopback, until Ctrl-C."""
+    from tasks.ui import serve_both
+
+    serve_both(mlflow_port, prefect_port, out.print)
+
+
+@data_app.command("build")
+def data_build(
+    folder: Annotated[Path, typer.Option(help="Where the data go.")] = Path("data"),
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Build the starter's data; the same bytes every time."""
+    from graftline.data.build import build, directory_md5
+    from graftline.progress import shown
+    from tasks.data import bar
+
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise GraftlineError(f"{folder} is not empty; add --force to replace it")
+    with shown(console), bar() as progress:
+        build(folder, progress=progress)
+    out.print(f"{folder}: md5 {directory_md5(folder)}")
+
+
+@data_app.command("verify")
+def data_verify(
+    folder: Annotated[Path, typer.Option(help="The data folder.")] = Path("data"),
+) -> None:
+    """Compare the data with what data.dvc records; name each file that differs."""
+    from graftline.data.build import recorded, verify
+    from tasks.data import pointer
+
+    source = pointer(folder)
+    problems = verify(folder, source)
+    if problems:
+        listed = "\n  ".join(problems)
+        raise GraftlineError(
+            f"{len(problems)} file(s) differ from {source}:\n  {listed}\n"
+            "Restore them with `dvc checkout`, or rebuild with `graftline data build --force`."
+        )
+    out.print(f"{folder} is what {source} records: md5 {recorded(source)[0]}")
+
+
+def main() -> None:
+    """Entry point of `graftline`: errors without traceback, honest exit codes."""
+    remember_signals()
+    logging.getLogger("graftline.store").setLevel(logging.INFO)
+    logging.getLogger("graftline.store").addHandler(_ToConsole())
+    logging.getLogger("tasks").setLevel(logging.INFO)
+    logging.getLogger("tasks").addHandler(_ToConsole())
+    _guard(app)
+
+
+def _guard(command: Callable[[], Any]) -> NoReturn:
+    try:
+        command()
+    except BaseException as error:
+        if requested() is not None:
+            _stopped()
+        if isinstance(error, GraftlineError):
+            console.print(f"[bold red]Error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+            sys.exit(EXIT_FAILED)
+        raise
+    sys.exit(0)
+
+
+def _stopped() -> NoReturn:
+    """Says that the run was stopped by a signal, and exits as shells expect it."""
+    console.print("Stopped. What is finished is kept: the same command goes on from there.")
+    sys.stderr.flush()
+    sys.exit(128 + (requested() or signal.SIGINT))
+
+
+def _plain(error: GraftlineError) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+def _overrides(method: str | None, seed: int | None, settings: list[str] | None) -> dict[str, Any]:
+    from graftline.recipe import parse_override
+
+    overrides = dict(parse_override(text) for text in settings or [])
+    if method is not None:
+        overrides["method"] = method
+    if seed is not None:
+        overrides["seed"] = seed
+    return overrides
+
+
+def _recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
+    from graftline.recipe import load_recipe
+
+    return load_recipe(path, overrides)
+
+
+class _ToConsole(logging.Handler):
+    """Shows what the library and the tasks have to say beside the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        console.print(record.getMessage(), style=style, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""A finished run as a table on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tasks.outputs import pictures
+
+
+def print_report(console: Console, folder: Path | str) -> None:
+    """Prints scores over stages, the gains with their intervals, and where the pictures lie."""
+    folder = Path(folder)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    console.print(_scores(folder, metrics))
+    console.print(_gains(metrics))
+    for path in [*pictures(folder), folder / "metrics.json"]:
+        console.print(str(path), soft_wrap=True)
+
+
+def _scores(folder: Path, metrics: dict[str, Any]) -> Table:
+    title = f"{metrics['recipe']} · {metrics['method']} · seed {metrics['seed']}: scores x 100"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for modality in metrics["order"]:
+        table.add_column(modality.replace("_", " "), justify="right")
+    for label, scores in _rows(folder):
+        fields = [f"{100 * scores[m]:.1f}" if m in scores else "" for m in metrics["order"]]
+        table.add_row(label, *fields)
+    return table
+
+
+def _rows(folder: Path) -> list[tuple[str, dict[str, float]]]:
+    """(label, modality -> mean over its tasks) of every stage and of the experts."""
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    with (folder / "scores.csv").open(encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            stage = int(row["stage"]) if row["point"] == "final" else 0
+            scores = found.setdefault((row["point"], stage), {})
+            scores.setdefault(row["modality"], []).append(float(row["score"]))
+    means = {
+        place: {name: sum(values) / len(values) for name, values in scores.items()}
+        for place, scores in found.items()
+    }
+    rows = [(f"after stage {place[1]}", means[place]) for place in sorted(means) if place[1]]
+    for point in ("vanilla", "expert"):
+        if (point, 0) in means:
+            rows.append((point, means[point, 0]))
+    return rows
+
+
+def _gains(metrics: dict[str, Any]) -> Table:
+    table = Table(title="gains in %", title_justify="left")
+    for heading in ("", "value", "95 % interval"):
+        table.add_column(heading, justify="right" if heading else "left")
+    names = {"BRG": "brg", "FRG": "frg_mean", "retention": "retention"}
+    for label, key in names.items():
+        value = metrics.get(key)
+        if value is None:
+            table.add_row(label, "n/a", str(metrics.get("undefined", {}).get(key, "")))
+            continue
+        interval = metrics.get("intervals", {}).get(key)
+        known = interval is not None and interval["low"] is not None
+        text = f"{interval['low']:.2f} to {interval['high']:.2f}" if known else ""
+        table.add_row(label, f"{value:.2f}", text)
+    before, after = metrics.get("text_perplexity_before"), metrics.get("text_perplexity_after")
+    if before is not None and after is not None:
+        table.add_row("text perplexity", f"{after:.2f}", f"before: {before:.2f}")
+    return table

@@ -1,0 +1,1 @@
+"""Graftline grows a multimodal LLM one modality at a time without hurting what it knows."""

@@ -1,0 +1,1 @@
+"""Sources, splits and validation of the data."""

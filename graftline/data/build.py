@@ -1,0 +1,269 @@
+"""Build the starter's data in one go, and tell whether a data folder is the recorded one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import yaml
+from datasets import Dataset, Features
+
+from graftline.data import images, point_clouds, sounds, videos
+from graftline.data.parts import Progress
+from graftline.data.rows import Row, as_columns, schema, split_file
+from graftline.errors import GraftlineError
+
+DEFAULT_SIZES = {"train": 1600, "validation": 240, "test": 400}
+DEFAULT_SEED = 0
+Generate = Callable[[Mapping[str, int], int, Path | None], dict[str, list[Row]]]
+GENERATORS: dict[str, Generate] = {
+    "image": images.generate,
+    "audio": sounds.generate,
+    "video": videos.generate,
+    "point_cloud": point_clouds.generate,
+}
+_ROWS_A_GROUP = 400
+
+
+def build(
+    folder: Path,
+    sizes: Mapping[str, int] | None = None,
+    seed: int = DEFAULT_SEED,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+) -> None:
+    """Build the data of all modalities; the folder appears complete or not at all.
+
+    Args:
+        folder: Where the data go; what was there is replaced.
+        sizes: Rows of each split, the same for each modality; `DEFAULT_SIZES` when None.
+        seed: Seed of all random choices; the same seed gives the same bytes.
+        progress: Called before each modality and at the end.
+        cache: Folder of cached parts.
+
+    Raises:
+        GraftlineError: A part is missing or damaged, a size is wrong, or the disk refuses.
+    """
+    wanted = DEFAULT_SIZES if sizes is None else sizes
+    target = folder.absolute()
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        temporary = _sibling(target)
+        for done, (modality, generate) in enumerate(GENERATORS.items()):
+            if progress is not None:
+                progress(f"build {modality}", done, len(GENERATORS))
+            for split, rows in generate(wanted, seed, cache).items():
+                _write(rows, split_file(temporary, modality, split))
+        temporary.chmod(0o755)
+        _sync_folders(temporary)
+        _swap(temporary, target)
+    except OSError as error:
+        raise GraftlineError(
+            f"cannot write the data to {folder}: {error}. Free some space, or choose a folder "
+            "that you may write to; nothing was changed."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    if progress is not None:
+        progress("build", len(GENERATORS), len(GENERATORS))
+
+
+def _sibling(target: Path) -> Path:
+    """Make a temporary folder beside a folder; its name tells the process that owns it."""
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}-{os.getpid()}-", dir=target.parent))
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed builds of this machine left beside a folder."""
+    for path in target.parent.glob(f".{target.name}-*-*"):
+        process = path.name.removeprefix(f".{target.name}-").split("-")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _write(rows: list[Row], path: Path) -> None:
+    """Write rows as parquet whose bytes depend on the rows alone, and flush them to disk.
+
+    `Dataset.to_parquet` fixes its compression; the table of the `Dataset` is written instead,
+    with the features that `datasets` reads back in its metadata.
+    """
+    features = Features.from_arrow_schema(schema())
+    dataset = Dataset.from_dict(as_columns(rows), features=features)
+    table = dataset.data.table.cast(features.arrow_schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as stream:
+        pq.write_table(
+            table,
+            stream,
+            row_group_size=_ROWS_A_GROUP,
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=["task", "question"],
+        )
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folders(folder: Path) -> None:
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Put a finished folder in the place of another one; restore the old one on failure."""
+    if not target.exists():
+        os.replace(temporary, target)
+        return
+    old = _sibling(target) / "old"
+    os.replace(target, old)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the md5 of each file of a folder by its relative path, as DVC counts them.
+
+    Raises:
+        GraftlineError: The folder does not exist.
+    """
+    if not folder.is_dir():
+        raise GraftlineError(f"{folder} is missing; run `graftline data build` to make it")
+    sums = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))
+        sums[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return sums
+
+
+def directory_md5(folder: Path) -> str:
+    """Return the md5 of a folder exactly as DVC 3 writes it in a `.dvc` file, with `.dir`.
+
+    Raises:
+        GraftlineError: The folder does not exist.
+    """
+    return listing_md5(checksums(folder))
+
+
+def listing_md5(sums: Mapping[str, str]) -> str:
+    """Return the md5 that DVC 3 gives a folder of files (path to md5), with `.dir`.
+
+    DVC hashes the JSON list of its files, sorted by their path as a string.
+    """
+    listing = json.dumps([{"md5": sums[name], "relpath": name} for name in sorted(sums)])
+    return hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def record_files(folder: Path, data_dvc: Path) -> str:
+    """Write the md5 of each file into `meta: files` of what `dvc add` wrote.
+
+    Args:
+        folder: The data folder.
+        data_dvc: The `.dvc` file of this folder; `dvc` keeps its `meta`.
+
+    Returns:
+        md5 of the folder, with `.dir`.
+
+    Raises:
+        GraftlineError: `data.dvc` cannot be read or written, or belongs to other data.
+    """
+    expected, _ = recorded(data_dvc)
+    sums = checksums(folder)
+    if listing_md5(sums) != expected:
+        raise GraftlineError(
+            f"{data_dvc} records {expected}, but {folder} has {listing_md5(sums)}; run "
+            f"`dvc add {folder.name}` first"
+        )
+    content = yaml.safe_load(data_dvc.read_text(encoding="utf-8"))
+    content["meta"] = {**(content.get("meta") or {}), "files": sums}
+    temporary = data_dvc.with_name(f".{data_dvc.name}.tmp")
+    try:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        os.replace(temporary, data_dvc)
+    except OSError as error:
+        raise GraftlineError(f"cannot write {data_dvc}: {error}; make it writable") from error
+    return expected
+
+
+def recorded(data_dvc: Path) -> tuple[str, dict[str, str]]:
+    """Read `data.dvc`: the md5 of the folder, and of each file from `meta: files`.
+
+    Returns:
+        md5 of the folder (with `.dir`), and md5 by relative path (empty when not recorded).
+
+    Raises:
+        GraftlineError: The file is missing or is not a `.dvc` file.
+    """
+    try:
+        content = yaml.safe_load(data_dvc.read_text(encoding="utf-8"))
+        md5 = str(content["outs"][0]["md5"])
+        files = (content.get("meta") or {}).get("files") or {}
+        return md5, {str(name): str(value) for name, value in files.items()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise GraftlineError(f"cannot read {data_dvc}: {error}; make it with `dvc add`") from error
+    except (yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise GraftlineError(
+            f"{data_dvc} is not what `dvc add` writes ({error!r}); restore it from git"
+        ) from error
+
+
+def verify(folder: Path, data_dvc: Path) -> list[str]:
+    """Compare a data folder with `data.dvc`.
+
+    Args:
+        folder: The data folder.
+        data_dvc: What `dvc add` wrote, with `meta: files` added by the data flow.
+
+    Returns:
+        One line for each file that is missing, differs or is too much; empty when all is well.
+
+    Raises:
+        GraftlineError: The folder is missing, or `data.dvc` cannot be read.
+    """
+    expected_md5, expected = recorded(data_dvc)
+    found = checksums(folder)
+    md5 = listing_md5(found)
+    if md5 == expected_md5:
+        return []
+    if not expected or listing_md5(expected) != expected_md5:
+        return [
+            f"{folder}: differs as a whole (md5 {md5}, recorded {expected_md5}); which files "
+            f"differ is not known, because {data_dvc.name} does not list the files of that version"
+        ]
+    lines = []
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            lines.append(f"{folder / name}: missing")
+        elif name not in expected:
+            lines.append(f"{folder / name}: too much, {data_dvc.name} does not record it")
+        elif found[name] != expected[name]:
+            lines.append(f"{folder / name}: differs (md5 {found[name]}, recorded {expected[name]})")
+    return lines

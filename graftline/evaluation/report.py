@@ -1,0 +1,332 @@
+"""The report of a run: `metrics.json`, `scores.csv`, `examples.csv`, and tables over seeds.
+
+`metrics.json` holds numbers in the units of their definitions: gains in per cent, scores from 0
+to 1, `wall_seconds` in seconds, `peak_rss_bytes` in bytes. It is strict JSON: what is undefined
+is `null`, and `undefined` says why. `examples.csv` keeps every example's score, so that
+intervals over several seeds can be computed later from the folders alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from graftline.durable import atomic_write_text
+from graftline.evaluation import EvaluationError
+from graftline.evaluation.bootstrap import Cell, Interval, intervals
+from graftline.evaluation.gains import Gains, all_gains
+
+Point = Literal["vanilla", "merged", "final", "expert"]
+Place = tuple[str, int, str]
+"""A model's place: (point, stage, modality scored); the stage of an expert is 0."""
+
+CSV_COLUMNS = ("stage", "stage_modality", "modality", "task", "point", "metric", "score", "n")
+_EXAMPLE_COLUMNS = ("stage", "stage_modality", "modality", "task", "point", "metric", "score")
+HEADLINES = ("brg", "brg_mean", "frg_mean", "retention")
+
+
+@dataclass(frozen=True)
+class ScoreCell:
+    """The examples of one task of one modality, scored with one model.
+
+    Attributes:
+        stage: The stage that the model ends, from 1; 0 for an expert, which is outside the chain.
+        stage_modality: The modality that the stage adds; for an expert its own modality.
+        modality: The modality of the examples.
+        task: `question` or `caption`.
+        point: `vanilla` after naive fine-tuning, `merged` after merging, `final` at the stage's
+            end, `expert` for a model trained on this modality alone.
+        metric: The metric's name.
+        examples: Score of each example from 0 to 1, in the test set's order, at least one.
+    """
+
+    stage: int
+    stage_modality: str
+    modality: str
+    task: str
+    point: Point
+    metric: str
+    examples: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        name = f"scores of {self.modality} {self.task} ({self.point}, stage {self.stage})"
+        if self.point not in get_args(Point):
+            raise EvaluationError(f"{name}: the point is one of {list(get_args(Point))}")
+        if not self.examples:
+            raise EvaluationError(f"{name}: no example was scored")
+        if not all(math.isfinite(score) and score >= 0.0 for score in self.examples):
+            raise EvaluationError(f"{name}: every score must be finite and not negative")
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return len(self.examples)
+
+    @property
+    def score(self) -> float:
+        """Mean score of the examples."""
+        return math.fsum(self.examples) / len(self.examples)
+
+    @property
+    def place(self) -> Place:
+        """Which model scored which modality."""
+        return (self.point, 0 if self.point == "expert" else self.stage, self.modality)
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """Everything that the report of one run needs.
+
+    Attributes:
+        recipe: Name of the recipe.
+        method: Name of the method.
+        seed: Seed of the run.
+        order: The modality of each stage.
+        cells: Scores; at least those of the last stage's `final` model on every modality.
+        wall_seconds: Duration of the run.
+        peak_rss_bytes: Peak resident memory.
+        data_md5: The version of the data, from `data.dvc`.
+        fingerprint: Fingerprint of the run's last step.
+        text_perplexity_before: Perplexity of the held-out text under the untouched base.
+        text_perplexity_after: The same under the last model.
+    """
+
+    recipe: str
+    method: str
+    seed: int
+    order: tuple[str, ...]
+    cells: tuple[ScoreCell, ...]
+    wall_seconds: float
+    peak_rss_bytes: int
+    data_md5: str
+    fingerprint: str
+    text_perplexity_before: float | None = None
+    text_perplexity_after: float | None = None
+
+    def __post_init__(self) -> None:
+        seen: set[tuple[Place, str]] = set()
+        for cell in self.cells:
+            if cell.modality not in self.order:
+                raise EvaluationError(f"modality {cell.modality!r} is not in {list(self.order)}")
+            if (cell.place, cell.task) in seen:
+                raise EvaluationError(f"{cell.place} on task {cell.task!r} was scored twice")
+            seen.add((cell.place, cell.task))
+
+
+def bootstrap_cells(run: RunScores) -> dict[Place, Cell]:
+    """The run's cells as the bootstrap takes them, by (point, stage, modality)."""
+    tasks: dict[Place, dict[str, tuple[float, ...]]] = {}
+    for cell in run.cells:
+        tasks.setdefault(cell.place, {})[cell.task] = cell.examples
+    return {place: Cell(place[2], by_task) for place, by_task in tasks.items()}
+
+
+def place_scores(run: RunScores) -> dict[Place, float]:
+    """Score of each (point, stage, modality): the mean over tasks of the task means."""
+    tasks: dict[Place, list[float]] = {}
+    for cell in run.cells:
+        tasks.setdefault(cell.place, []).append(cell.score)
+    return {place: math.fsum(scores) / len(scores) for place, scores in tasks.items()}
+
+
+def split_scores(
+    scores: Mapping[Place, float], order: Sequence[str]
+) -> tuple[dict[int, dict[str, float]], dict[str, float] | None, dict[str, float] | None]:
+    """`S[i][m]`, `V[m]` and `E[m]` out of scores by place; `None` where none were scored."""
+    stages: dict[int, dict[str, float]] = {}
+    vanilla: dict[str, float] = {}
+    experts: dict[str, float] = {}
+    for (point, stage, modality), score in scores.items():
+        if point == "final":
+            stages.setdefault(stage, {})[modality] = score
+        elif point == "vanilla" and 1 <= stage <= len(order) and order[stage - 1] == modality:
+            vanilla[modality] = score
+        elif point == "expert":
+            experts[modality] = score
+    return stages, vanilla or None, experts or None
+
+
+def gains_of(scores: Mapping[Place, float], order: Sequence[str]) -> Gains:
+    """Every gain of a run from its scores by place; see `graftline.evaluation.gains`."""
+    stages, vanilla, experts = split_scores(scores, order)
+    return all_gains(stages, order, vanilla=vanilla, experts=experts)
+
+
+def run_intervals(
+    cells_per_seed: Sequence[Mapping[Place, Cell]],
+    order: Sequence[str],
+    replicates: int = 2000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """95 % intervals of the headlines and of each modality's final score (`scores.<modality>`)."""
+    last = len(order)
+
+    def statistics(scores: Mapping[Place, float]) -> dict[str, float | None]:
+        gains = gains_of(scores, order)
+        named: dict[str, float | None] = {k: getattr(gains, k).value for k in HEADLINES}
+        named.update({f"scores.{m}": scores[("final", last, m)] for m in order})
+        return named
+
+    return intervals(cells_per_seed, statistics, replicates, seed)
+
+
+def metrics_of(run: RunScores, replicates: int = 2000) -> dict[str, Any]:
+    """The content of `metrics.json`; plain JSON types, no NaN or infinity.
+
+    Args:
+        run: The run.
+        replicates: Bootstrap replicates of the intervals.
+
+    Returns:
+        The metrics. `frg` equals `frg_mean` (the headline); per-stage keys are stage numbers.
+
+    Raises:
+        EvaluationError: A score that a gain needs is missing.
+    """
+    scores = place_scores(run)
+    stages, vanilla, experts = split_scores(scores, run.order)
+    last = len(run.order)
+    missing = [m for m in run.order if m not in stages.get(last, {})]
+    if missing:
+        raise EvaluationError(f"no final score after stage {last} of {', '.join(missing)}")
+    gains = gains_of(scores, run.order)
+    named = {
+        **{key: getattr(gains, key) for key in HEADLINES},
+        **{f"brg_per_stage.{i}": gain for i, gain in gains.brg_per_stage.items()},
+        **{f"frg_per_stage.{i}": gain for i, gain in gains.frg_per_stage.items()},
+    }
+    found = run_intervals([bootstrap_cells(run)], run.order, replicates)
+    final = [c for c in run.cells if c.point == "final" and c.stage == last]
+    n = {m: sum(c.n for c in final if c.modality == m) for m in run.order}
+    diagonal = {m: stages.get(i, {}).get(m) for i, m in enumerate(run.order, start=1)}
+    return {
+        "recipe": run.recipe,
+        "method": run.method,
+        "seed": run.seed,
+        "order": list(run.order),
+        "n": n,
+        "brg": gains.brg.value,
+        "brg_mean": gains.brg_mean.value,
+        "brg_per_stage": {str(i): gain.value for i, gain in gains.brg_per_stage.items()},
+        "frg": gains.frg_mean.value,
+        "frg_mean": gains.frg_mean.value,
+        "frg_per_stage": {str(i): gain.value for i, gain in gains.frg_per_stage.items()},
+        "retention": gains.retention.value,
+        "undefined": {k: gain.reason for k, gain in named.items() if gain.value is None},
+        "intervals": {name: asdict(each) for name, each in found.items()},
+        "scores": {m: stages[last][m] for m in run.order},
+        "scores_when_learned": diagonal,
+        "scores_vanilla": vanilla,
+        "scores_expert": experts,
+        "scores_per_task": {
+            m: {c.task: _task_score(c) for c in final if c.modality == m} for m in run.order
+        },
+        "text_perplexity_before": run.text_perplexity_before,
+        "text_perplexity_after": run.text_perplexity_after,
+        "wall_seconds": run.wall_seconds,
+        "peak_rss_bytes": run.peak_rss_bytes,
+        "data_md5": run.data_md5,
+        "fingerprint": run.fingerprint,
+    }
+
+
+def scores_csv(run: RunScores) -> str:
+    """The content of `scores.csv`: a row a cell, the columns of `CSV_COLUMNS`."""
+    rows = [[getattr(cell, column) for column in CSV_COLUMNS] for cell in run.cells]
+    return _csv_text(CSV_COLUMNS, rows)
+
+
+def write_report(folder: Path, run: RunScores, replicates: int = 2000) -> dict[str, Any]:
+    """Write `metrics.json`, `scores.csv` and `examples.csv`, each atomically, metrics last.
+
+    Args:
+        folder: `reports/<recipe>/<method>/seed-<s>/`; made if absent.
+        run: The run.
+        replicates: Bootstrap replicates of the intervals.
+
+    Returns:
+        The metrics as written.
+
+    Raises:
+        EvaluationError: A needed score is missing, or a number is not finite.
+        OSError: The folder cannot be written.
+    """
+    metrics = metrics_of(run, replicates)
+    text = _strict_json(metrics, f"metrics of {run.method}, seed {run.seed}")
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = [
+        [*(getattr(cell, column) for column in _EXAMPLE_COLUMNS[:-1]), repr(float(score))]
+        for cell in run.cells
+        for score in cell.examples
+    ]
+    atomic_write_text(folder / "examples.csv", _csv_text(_EXAMPLE_COLUMNS, examples))
+    atomic_write_text(folder / "scores.csv", scores_csv(run))
+    atomic_write_text(folder / "metrics.json", text)
+    return metrics
+
+
+def read_report(folder: Path) -> RunScores:
+    """Read a run back from its report folder, exactly as it was written.
+
+    Raises:
+        EvaluationError: A file is absent or does not hold what `write_report` wrote.
+    """
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        groups: dict[tuple[str, ...], list[float]] = {}
+        with (folder / "examples.csv").open(encoding="utf-8", newline="") as stream:
+            for row in csv.DictReader(stream):
+                key = tuple(row[column] for column in _EXAMPLE_COLUMNS[:-1])
+                groups.setdefault(key, []).append(float(row["score"]))
+        cells = tuple(_cell(key, scores) for key, scores in groups.items())
+        scalars = {name: metrics[name] for name in _SCALARS}
+        return RunScores(order=tuple(metrics["order"]), cells=cells, **scalars)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"{folder} holds no readable report ({type(error).__name__}: {error}): "
+            "run the recipe again to write metrics.json and examples.csv"
+        ) from error
+
+
+_SCALARS = (
+    "recipe",
+    "method",
+    "seed",
+    "wall_seconds",
+    "peak_rss_bytes",
+    "data_md5",
+    "fingerprint",
+    "text_perplexity_before",
+    "text_perplexity_after",
+)
+
+
+def _cell(key: tuple[str, ...], scores: Iterable[float]) -> ScoreCell:
+    stage, stage_modality, modality, task, point, metric = key
+    checked: Any = point
+    return ScoreCell(int(stage), stage_modality, modality, task, checked, metric, tuple(scores))
+
+
+def _task_score(cell: ScoreCell) -> dict[str, Any]:
+    return {"metric": cell.metric, "score": cell.score, "n": cell.n}
+
+
+def _csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def _strict_json(content: object, name: str) -> str:
+    try:
+        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise EvaluationError(f"{name}: a number is NaN or infinite ({error})") from error

@@ -1,0 +1,134 @@
+"""Tables over seeds: runs of the same recipe, method and order, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftline.evaluation import EvaluationError
+from graftline.evaluation.bootstrap import Interval
+from graftline.evaluation.report import RunScores, bootstrap_cells, read_report, run_intervals
+
+_HEADINGS = {"brg": "BRG", "brg_mean": "mean BRG", "frg_mean": "FRG", "retention": "retention"}
+_NONE = "n/a"
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One method in one order, over its seeds.
+
+    Attributes:
+        recipe: Name of the recipe.
+        method: Name of the method.
+        order: The modality of each stage.
+        seeds: The runs' seeds, sorted.
+        n_examples: Test examples, all modalities and tasks together.
+        intervals: The headlines, and `scores.<modality>`; averaged over seeds.
+        text_perplexity_before: Mean over seeds; `None` if a run lacks it.
+        text_perplexity_after: The same for the last model.
+        wall_seconds: Mean over seeds.
+    """
+
+    recipe: str
+    method: str
+    order: tuple[str, ...]
+    seeds: tuple[int, ...]
+    n_examples: int
+    intervals: dict[str, Interval]
+    text_perplexity_before: float | None
+    text_perplexity_after: float | None
+    wall_seconds: float
+
+
+def summarise_runs(folders: Iterable[Path | str], replicates: int = 2000) -> list[SummaryRow]:
+    """Summarise finished runs: a row for each recipe, method and order, over its seeds.
+
+    Args:
+        folders: Report folders as `write_report` wrote them.
+        replicates: Bootstrap replicates.
+
+    Returns:
+        The rows, in the order in which each group first appears.
+
+    Raises:
+        EvaluationError: A folder is not a report, a seed comes twice in a group, or runs of a
+            group saw different data.
+    """
+    groups: dict[tuple[str, str, tuple[str, ...]], list[RunScores]] = {}
+    for folder in folders:
+        run = read_report(Path(folder))
+        groups.setdefault((run.recipe, run.method, run.order), []).append(run)
+    return [_summary(runs, replicates) for runs in groups.values()]
+
+
+def markdown_table(rows: Sequence[SummaryRow]) -> str:
+    """A Markdown table: gains in per cent, scores times 100, each with its 95 % interval.
+
+    Args:
+        rows: From `summarise_runs`.
+
+    Returns:
+        The table with a closing newline; a column a modality in the order of first appearance.
+    """
+    modalities = list(dict.fromkeys(m for row in rows for m in row.order))
+    headings = ["method", *_HEADINGS.values(), *(m.replace("_", " ") for m in modalities)]
+    headings += ["text perplexity", "order", "seeds", "n"]
+    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    for row in rows:
+        fields = [row.method]
+        fields += [_with_interval(row.intervals.get(name), 1.0) for name in _HEADINGS]
+        fields += [_with_interval(row.intervals.get(f"scores.{m}"), 100.0) for m in modalities]
+        fields += [
+            f"{_number(row.text_perplexity_before)} → {_number(row.text_perplexity_after)}",
+            ", ".join(m.replace("_", " ") for m in row.order),
+            ", ".join(str(seed) for seed in row.seeds),
+            str(row.n_examples),
+        ]
+        lines.append("| " + " | ".join(field.replace("|", "\\|") for field in fields) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _summary(runs: list[RunScores], replicates: int) -> SummaryRow:
+    runs = sorted(runs, key=lambda run: run.seed)
+    first = runs[0]
+    name = f"{first.recipe}/{first.method}"
+    seeds = tuple(run.seed for run in runs)
+    if len(set(seeds)) != len(seeds):
+        raise EvaluationError(f"{name}: a seed comes twice in {list(seeds)}; give each run once")
+    versions = sorted({run.data_md5 for run in runs})
+    if len(versions) > 1:
+        raise EvaluationError(
+            f"{name}: the runs saw different data ({', '.join(versions)}); run them on the same"
+        )
+    found = run_intervals([bootstrap_cells(run) for run in runs], first.order, replicates)
+    return SummaryRow(
+        recipe=first.recipe,
+        method=first.method,
+        order=first.order,
+        seeds=seeds,
+        n_examples=next(iter(found.values())).n_examples,
+        intervals=found,
+        text_perplexity_before=_mean([run.text_perplexity_before for run in runs]),
+        text_perplexity_after=_mean([run.text_perplexity_after for run in runs]),
+        wall_seconds=math.fsum(run.wall_seconds for run in runs) / len(runs),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if len(known) == len(values) else None
+
+
+def _number(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.2f}"
+
+
+def _with_interval(interval: Interval | None, factor: float) -> str:
+    if interval is None or interval.estimate is None:
+        return _NONE
+    if interval.low is None or interval.high is None:
+        return f"{factor * interval.estimate:.1f}"
+    low, high = factor * interval.low, factor * interval.high
+    return f"{factor * interval.estimate:.1f} [{low:.1f}, {high:.1f}]"

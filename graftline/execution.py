@@ -1,0 +1,274 @@
+"""Carrying out one step of a plan: find its artifact, or compute and publish it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftline.data.build import checksums
+from graftline.data.examples import ROWS, ExampleSet
+from graftline.data.features import FeatureTable, compute_features
+from graftline.data.parts import SMOLLM2, fetch
+from graftline.data.rows import SPLITS, read_split
+from graftline.errors import GraftlineError
+from graftline.evaluation.answering import answer_all
+from graftline.evaluation.perplexity import text_perplexity
+from graftline.evaluation.scoring import score_rows
+from graftline.merging.backbones import merge_backbones
+from graftline.model.backbone import convert_gguf, load_backbone, make_tiny
+from graftline.model.encoders import load_encoder
+from graftline.model.loading import assemble, read_connector, read_record
+from graftline.plan import Step
+from graftline.progress import track
+from graftline.recipe import LoraSettings, PhaseSettings
+from graftline.store import Artifact, Store
+from graftline.training import phases
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a step runs: what its result must not depend on."""
+
+    data_folder: Path
+    device: str = "auto"
+
+    @property
+    def torch_device(self) -> str:
+        """The device itself where the recipe says `auto`."""
+        if self.device != "auto":
+            return self.device
+        if torch.cuda.is_available():
+            return "cuda"
+        return "cpu"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step being carried out.
+
+    Attributes:
+        step: the step.
+        parents: role -> published artifact.
+        machine: where.
+        folder: for checkpoints; outlives a kill.
+        out: to be filled.
+    """
+
+    step: Step
+    parents: dict[str, Artifact]
+    machine: Machine
+    folder: Path
+    out: Path
+
+    def role(self, prefix: str) -> dict[str, Path]:
+        """Folders of the parents whose role is `prefix.<modality>`, by modality."""
+        return {
+            role.partition(".")[2]: artifact.folder
+            for role, artifact in self.parents.items()
+            if role.startswith(f"{prefix}.")
+        }
+
+
+def is_done(step: Step, store: Store) -> bool:
+    """Whether a step's artifact is published."""
+    return store.find(step.kind, step.reference.fingerprint) is not None
+
+
+def execute(step: Step, store: Store, machine: Machine) -> Artifact:
+    """Returns a step's artifact; computes it if it is not there.
+
+    Raises:
+        GraftlineError: a parent is missing or damaged, or the step itself fails; nothing is
+            published then, and checkpoints are kept.
+    """
+    fingerprint = step.reference.fingerprint
+    found = store.find(step.kind, fingerprint)
+    if found is not None:
+        return found
+    parents: dict[str, Artifact] = {}
+    for role, parent in step.parents.items():
+        artifact = store.find(parent.kind, parent.fingerprint)
+        if artifact is None:
+            raise GraftlineError(
+                f"{step.label}: its {role} ({parent.kind} {parent.fingerprint[:12]}) is not in "
+                f"the store; run the whole recipe."
+            )
+        parents[role] = artifact
+
+    def build(out: Path) -> None:
+        folder = store.work_folder(step.kind, fingerprint)
+        RUNNERS[step.kind](Work(step, parents, machine, folder, out))
+
+    return store.publish(
+        step.kind,
+        fingerprint,
+        parameters=dict(step.parameters),
+        parents={role: parent.fingerprint for role, parent in step.parents.items()},
+        code=step.code,
+        build=build,
+    )
+
+
+def _backbone(work: Work) -> None:
+    out = work.out / "backbone"
+    if work.step.parameters["source"] == "tiny-random":
+        make_tiny(out, seed=0)
+    else:
+        convert_gguf(fetch(SMOLLM2), out)
+
+
+def _features(work: Work) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parameters = work.step.parameters
+    modality = parameters["modality"]
+    encoder = load_encoder(parameters["encoder"]["name"], work.machine.torch_device)
+    _check_data(work.machine.data_folder, modality, parameters["files"])
+    for split in SPLITS:
+        rows = read_split(work.machine.data_folder, modality, split)
+        limit = (parameters["rows"] or {}).get(split)
+        if limit is not None:
+            rows = rows.select(range(min(limit, len(rows))))
+        with track(f"{modality}: features of {split}", len(rows)) as advance:
+
+            def progress(_what: str, done: int, _total: int, last: list[int] = [0]) -> None:  # noqa: B006
+                for _ in range(done - last[0]):
+                    advance("")
+                last[0] = done
+
+            compute_features(rows, modality, encoder, work.out / split, progress=progress)
+        text = rows.select_columns(["id", "task", "question", "answers"]).to_list()
+        pq.write_table(pa.Table.from_pylist(text), work.out / split / ROWS)
+
+
+def _check_data(folder: Path, modality: str, expected: dict[str, str]) -> None:
+    found = checksums(folder)
+    changed = [
+        f"{modality}/{split}.parquet"
+        for split, md5 in expected.items()
+        if found.get(f"{modality}/{split}.parquet") != md5
+    ]
+    if changed:
+        raise GraftlineError(
+            f"{folder}: {', '.join(changed)} changed while the run was going on; run it again."
+        )
+
+
+def _align(work: Work) -> None:
+    parameters = work.step.parameters
+    phases.align(_call(work), _settings(parameters), parameters["modality"], parameters["connector"])
+
+
+def _realign(work: Work) -> None:
+    parameters = work.step.parameters
+    modality = parameters["modality"]
+    connector = work.role("connector")[modality]
+    phases.realign(_call(work), _settings(parameters), modality, connector, parameters["fraction"])
+
+
+def _fine_tune(work: Work) -> None:
+    parameters = work.step.parameters
+    phases.fine_tune(
+        _call(work),
+        _settings(parameters),
+        {name: work.role("connector")[name] for name in parameters["modalities"]},
+        mode=parameters["mode"],
+        lora=LoraSettings(**parameters.get("lora", {})),
+        connector_learning_rate=parameters["connector_learning_rate"],
+        train_embeddings=parameters["train_embeddings"],
+        result_fingerprint=work.step.reference.fingerprint,
+    )
+
+
+def _merge(work: Work) -> None:
+    previous = work.parents["previous"].folder / "backbone"
+    vanilla = work.parents["vanilla"].folder / "backbone"
+    merge_backbones(previous, vanilla, work.step.parameters["stage"], work.out / "backbone")
+
+
+def _evaluate(work: Work) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parameters = work.step.parameters
+    modality = parameters["modality"]
+    folder = work.role("connector")[modality]
+    record = read_record(folder, modality)
+    connector = read_connector(folder, record)
+    loaded = assemble(_load(work), [(record, connector)], parameters["system_prompt"])
+    features = work.role("features")[modality]
+    examples = ExampleSet(features, modality, parameters["split"], loaded.prompts)
+    answers = answer_all(
+        loaded,
+        examples,
+        batch_size=parameters["batch_size"],
+        max_new_tokens=parameters["max_new_tokens"],
+        label=_label(work.step),
+    )
+    tasks = [row["task"] for row in examples.rows]
+    scores = score_rows(tasks, answers, [row["answers"] for row in examples.rows])
+    table = {
+        "id": [row["id"] for row in examples.rows],
+        "task": tasks,
+        "answer": answers,
+        "score": scores,
+        "accepted": [row["answers"] for row in examples.rows],
+    }
+    pq.write_table(pa.table(table), work.out / "answers.parquet")
+
+
+def _perplexity(work: Work) -> None:
+    model, tokenizer = _load(work)
+    value = {"perplexity": text_perplexity(model, tokenizer)}
+    (work.out / "perplexity.json").write_text(json.dumps(value), encoding="utf-8")
+
+
+RUNNERS: dict[str, Callable[[Work], None]] = {
+    "backbone": _backbone,
+    "features": _features,
+    "align": _align,
+    "fine-tune": _fine_tune,
+    "merge": _merge,
+    "realign": _realign,
+    "evaluate": _evaluate,
+    "perplexity": _perplexity,
+}
+
+
+def _call(work: Work) -> phases.Call:
+    parameters = work.step.parameters
+    return phases.Call(
+        backbone=_load(work),
+        backbone_fingerprint=work.parents["backbone"].fingerprint,
+        features=work.role("features"),
+        system_prompt=parameters["system_prompt"],
+        seed=parameters["seed"],
+        work=work.folder,
+        out=work.out,
+        label=_label(work.step),
+    )
+
+
+def _load(work: Work) -> tuple[Any, Any]:
+    parameters = work.step.parameters
+    attention, device = parameters["attention"], work.machine.torch_device
+    if attention == "auto":
+        attention = "eager" if device == "cpu" else "sdpa"
+    folder = work.parents["backbone"].folder / "backbone"
+    return load_backbone(folder, DTYPES[parameters["precision"]], attention, device)
+
+
+def _settings(parameters: Any) -> PhaseSettings:
+    return PhaseSettings(**{k: v for k, v in parameters.items() if k in PhaseSettings.model_fields})
+
+
+def _label(step: Step) -> str:
+    return f"stage {step.stage} · {step.label}" if step.stage else step.label

@@ -1,0 +1,1 @@
+"""Merge rules: two or more backbones in, one out."""

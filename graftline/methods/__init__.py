@@ -1,0 +1,60 @@
+"""Methods: what turns the old model and a new modality into the next model.
+
+A method says in which order the planner's steps are called, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from graftline.plan import Model, Planner
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        index: from 1.
+        modality: the modality that it adds.
+        final: the model at its end.
+        vanilla: the model after naive fine-tuning, where the method has one.
+        merged: the model after the merge and before realigning, where the method merges.
+    """
+
+    index: int
+    modality: str
+    final: Model
+    vanilla: Model | None = None
+    merged: Model | None = None
+
+
+Method = Callable[[Planner, Sequence[str]], list[Stage]]
+
+
+def add_modality(planner: Planner, model: Model, modality: str, stage: int) -> Model:
+    """Steps 1 and 2 of every continual method: align a new connector, then fine-tune with it."""
+    connector = planner.align(model.backbone, modality, stage)
+    return planner.fine_tune(model.with_connector(modality, connector), (modality,), stage)
+
+
+def start(planner: Planner) -> Model:
+    """theta_0 without any connector."""
+    return Model(planner.backbone())
+
+
+def method_named(name: str) -> Method:
+    """The method that a recipe names."""
+    from graftline.methods import connector_only, experts, finetune, joint, mera
+
+    methods: dict[str, Method] = {
+        "mera": mera.mera,
+        "merge-only": mera.merge_only,
+        "realign-only": mera.realign_only,
+        "finetune": finetune.finetune,
+        "connector-only": connector_only.connector_only,
+        "joint": joint.joint,
+        "experts": experts.experts,
+    }
+    return methods[name]

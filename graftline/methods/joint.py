@@ -1,0 +1,18 @@
+"""All modalities at once, with all their data: the upper bound that no chain may use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graftline.methods import Stage, start
+from graftline.plan import Planner
+
+
+def joint(planner: Planner, order: Sequence[str]) -> list[Stage]:
+    """One stage: align each connector to theta_0, then fine-tune on everything together."""
+    model = start(planner)
+    last = len(order)
+    for modality in order:
+        model = model.with_connector(modality, planner.align(model.backbone, modality, last))
+    model = planner.fine_tune(model, tuple(order), last)
+    return [Stage(last, order[-1], final=model)]

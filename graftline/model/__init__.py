@@ -1,0 +1,1 @@
+"""The multimodal model and its parts: backbone, frozen encoders, connectors."""

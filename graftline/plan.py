@@ -1,0 +1,244 @@
+"""What a run will do, known before it starts: steps, their parameters and their parents.
+
+A step's fingerprint depends on its kind, its code, its parameters and its parents' fingerprints
+alone. So a plan can be made, printed, counted and compared with the artifact store without
+computing anything, and two methods that share a step share its artifact.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from graftline.model.encoders import encoder_identity
+from graftline.recipe import PhaseSettings, Recipe
+from graftline.manifest import fingerprint_of
+
+TRAINING_CODE = ("training/*.py", "model/*.py", "data/examples.py", "data/features.py")
+CODE: dict[str, tuple[str, ...]] = {
+    "backbone": ("model/backbone.py",),
+    "features": (
+        "data/rows.py",
+        "data/features.py",
+        "model/encoders.py",
+        "model/efficientnet.py",
+        "model/whisper.py",
+        "model/point_sets.py",
+    ),
+    "align": TRAINING_CODE,
+    "fine-tune": TRAINING_CODE,
+    "realign": TRAINING_CODE,
+    "merge": ("merging/*.py",),
+    "evaluate": ("model/*.py", "data/examples.py", "evaluation/answering.py", "evaluation/scoring.py"),
+    "perplexity": ("evaluation/perplexity.py",),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A published artifact, or one that will be: what steps and tasks hand to each other."""
+
+    kind: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work that publishes one artifact.
+
+    Attributes:
+        kind: one of `CODE`.
+        parameters: plain data that the result depends on.
+        parents: role -> the artifact that plays it.
+        label: what people read; not part of the fingerprint.
+        stage: the stage it belongs to, from 1; 0 for what stands before or beside the stages.
+    """
+
+    kind: str
+    parameters: Mapping[str, Any]
+    parents: Mapping[str, Reference]
+    label: str
+    stage: int
+
+    @property
+    def code(self) -> str:
+        """Digest of the source that computes this kind of step."""
+        return code_digest(self.kind)
+
+    @property
+    def reference(self) -> Reference:
+        """Where the result will be found."""
+        fingerprint = fingerprint_of(
+            self.kind,
+            parameters=self.parameters,
+            parents={role: parent.fingerprint for role, parent in self.parents.items()},
+            code=self.code,
+        )
+        return Reference(self.kind, fingerprint)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A multimodal model as a plan sees it: which artifacts hold its parts."""
+
+    backbone: Reference
+    connectors: Mapping[str, Reference] = field(default_factory=dict)
+
+    def with_connector(self, modality: str, connector: Reference) -> Model:
+        """This model with one connector added or replaced."""
+        return Model(self.backbone, {**self.connectors, modality: connector})
+
+
+@cache
+def code_digest(kind: str) -> str:
+    """Digest of a kind's source files, blind to comments, docstrings and formatting."""
+    root = Path(__file__).parent
+    digest = sha256()
+    for pattern in CODE[kind]:
+        for path in sorted(root.glob(pattern)):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            digest.update(f"{path.relative_to(root).as_posix()}\n{_dump(tree)}\n".encode())
+    return digest.hexdigest()
+
+
+def _dump(tree: ast.Module) -> str:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            first = body[0].value
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                node.body = body[1:]  # type: ignore[attr-defined]
+    return ast.dump(tree, include_attributes=False)
+
+
+class Planner:
+    """Makes the steps of a recipe; the same step asked for twice is one step.
+
+    Args:
+        recipe: the recipe.
+        data_files: modality -> split -> md5 of its parquet file.
+    """
+
+    def __init__(self, recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> None:
+        self.recipe = recipe
+        self.data_files = data_files
+        self.steps: dict[Reference, Step] = {}
+
+    def backbone(self) -> Reference:
+        """theta_0, as a folder that `transformers` loads."""
+        return self._add("backbone", {"source": self.recipe.backbone.source}, {}, "base LLM", 0)
+
+    def features(self, modality: str) -> Reference:
+        """What the frozen encoder says of every row, and the rows' text."""
+        encoder = self.recipe.modalities[modality].encoder
+        parameters = {
+            "modality": modality,
+            "encoder": encoder_identity(encoder),
+            "files": dict(self.data_files[modality]),
+            "rows": self.recipe.data.rows,
+        }
+        return self._add("features", parameters, {}, f"{modality}: features", 0)
+
+    def align(self, backbone: Reference, modality: str, stage: int) -> Reference:
+        """MERA step 1: a new connector, trained alone."""
+        parameters = {
+            **self._training(self.recipe.align),
+            "modality": modality,
+            "connector": self.recipe.modalities[modality].connector.model_dump(),
+        }
+        parents = {"backbone": backbone, f"features.{modality}": self.features(modality)}
+        return self._add("align", parameters, parents, f"{modality}: align", stage)
+
+    def fine_tune(
+        self, model: Model, modalities: tuple[str, ...], stage: int, mode: str | None = None
+    ) -> Model:
+        """MERA step 2: backbone and connectors trained on `modalities` (all at once if several)."""
+        settings = self.recipe.fine_tune
+        parameters = {
+            **self._training(settings),
+            "modalities": list(modalities),
+            "mode": mode or settings.mode,
+            "steps": settings.steps * len(modalities),
+        }
+        if parameters["mode"] != "lora":
+            del parameters["lora"]
+        parents = {"backbone": model.backbone}
+        for modality in modalities:
+            parents[f"connector.{modality}"] = model.connectors[modality]
+            parents[f"features.{modality}"] = self.features(modality)
+        label = f"{' + '.join(modalities)}: fine-tune"
+        tuned = self._add("fine-tune", parameters, parents, label, stage)
+        kept = model.backbone if parameters["mode"] == "connector" else tuned
+        return Model(kept, {**model.connectors, **dict.fromkeys(modalities, tuned)})
+
+    def merge(self, previous: Reference, vanilla: Reference, stage: int) -> Reference:
+        """MERA step 3, eq. 4.1: theta_i from theta_{i-1} and theta_i^v."""
+        parameters = {"rule": self.recipe.merge.rule, "stage": stage}
+        parents = {"previous": previous, "vanilla": vanilla}
+        return self._add("merge", parameters, parents, f"stage {stage}: merge", stage)
+
+    def realign(self, model: Model, modality: str, stage: int) -> Reference:
+        """MERA step 4: one connector trained on its replay beside the frozen merged backbone."""
+        parameters = {
+            **self._training(self.recipe.realign),
+            "modality": modality,
+            "fraction": self.recipe.replay.fraction,
+        }
+        parents = {
+            "backbone": model.backbone,
+            f"connector.{modality}": model.connectors[modality],
+            f"features.{modality}": self.features(modality),
+        }
+        return self._add("realign", parameters, parents, f"{modality}: realign", stage)
+
+    def evaluate(self, model: Model, modality: str, stage: int, point: str) -> Reference:
+        """Answers and scores of one modality's rows."""
+        settings = self.recipe.evaluation
+        parameters = {
+            "modality": modality,
+            "split": settings.split,
+            "max_new_tokens": settings.max_new_tokens,
+            "batch_size": settings.batch_size,
+            **self._numerics(),
+        }
+        parents = {
+            "backbone": model.backbone,
+            f"connector.{modality}": model.connectors[modality],
+            f"features.{modality}": self.features(modality),
+        }
+        return self._add("evaluate", parameters, parents, f"{modality}: evaluate {point}", stage)
+
+    def perplexity(self, backbone: Reference, stage: int) -> Reference:
+        """Perplexity of the fixed held-out text."""
+        parents = {"backbone": backbone}
+        return self._add("perplexity", self._numerics(), parents, "text: perplexity", stage)
+
+    def _numerics(self) -> dict[str, Any]:
+        return {
+            "precision": self.recipe.precision,
+            "attention": self.recipe.backbone.attention,
+            "system_prompt": self.recipe.backbone.system_prompt,
+        }
+
+    def _training(self, settings: PhaseSettings) -> dict[str, Any]:
+        chosen = settings.model_dump()
+        del chosen["checkpoint_every"]
+        return {**chosen, "seed": self.recipe.seed, **self._numerics()}
+
+    def _add(
+        self,
+        kind: str,
+        parameters: Mapping[str, Any],
+        parents: Mapping[str, Reference],
+        label: str,
+        stage: int,
+    ) -> Reference:
+        step = Step(kind, parameters, parents, label, stage)
+        reference = step.reference
+        self.steps.setdefault(reference, step)
+        return reference

@@ -1,0 +1,245 @@
+"""What the user wants: a recipe, read from `params/*.yaml`, checked before anything is computed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from graftline.errors import GraftlineError
+
+Modality = Literal["image", "audio", "video", "point_cloud"]
+MethodName = Literal[
+    "mera", "merge-only", "realign-only", "finetune", "connector-only", "joint", "experts"
+]
+Fraction = Field(gt=0.0, le=1.0)
+
+
+class Part(BaseModel):
+    """Base of all recipe parts: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(Part):
+    """Which rows are used."""
+
+    folder: str = Field("data", description="folder of <modality>/<split>.parquet")
+    rows: dict[Literal["train", "validation", "test"], int] | None = Field(
+        None, description="use only the first rows of each split (all when left out)"
+    )
+
+
+class BackboneSettings(Part):
+    """The LLM shared by all modalities."""
+
+    source: Literal["smollm2-135m-instruct", "tiny-random"] = "smollm2-135m-instruct"
+    system_prompt: str = Field("", description="text of the chat template's system turn")
+    attention: Literal["auto", "eager", "sdpa"] = Field(
+        "auto", description="auto: eager on CPU (faster there in bf16), sdpa on a GPU"
+    )
+
+
+class ConnectorSettings(Part):
+    """Shape of a connector: features of one medium to LLM input embeddings."""
+
+    tokens: int = Field(4, ge=1, le=1024, description="LLM input embeddings a medium becomes")
+    hidden: int = Field(512, ge=1, description="width of the hidden layer")
+
+
+class ModalitySettings(Part):
+    """One modality: who encodes it and how it is connected."""
+
+    encoder: str
+    connector: ConnectorSettings = ConnectorSettings()
+
+
+class PhaseSettings(Part):
+    """One way of calling the training loop."""
+
+    steps: int = Field(ge=1, description="optimiser steps")
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(gt=0.0, description="peak, reached after the warm-up")
+    warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0)
+    weight_decay: float = Field(0.0, ge=0.0)
+    clip_norm: float = Field(1.0, gt=0.0, description="L2 norm that gradients are clipped to")
+    checkpoint_every: int = Field(50, ge=1, description="steps between resumable checkpoints")
+
+
+class LoraSettings(Part):
+    """Low-rank adapters on every linear layer of the backbone, folded in afterwards."""
+
+    rank: int = Field(128, ge=1)
+    alpha: float = Field(128.0, gt=0.0, description="MERA: alpha / rank = 1")
+
+
+class FineTuneSettings(PhaseSettings):
+    """Fine-tuning of backbone and connector."""
+
+    connector_learning_rate: float = Field(gt=0.0)
+    mode: Literal["full", "lora"] = "full"
+    lora: LoraSettings = LoraSettings()
+    train_embeddings: bool = Field(False, description="also train input and output embeddings")
+
+
+class ReplaySettings(Part):
+    """The seeded random share of each modality's training rows that later stages may see."""
+
+    fraction: float = Fraction
+
+
+class MergeSettings(Part):
+    """How theta_{i-1} and theta_i^v become theta_i."""
+
+    rule: Literal["running-average"] = "running-average"
+
+
+class EvaluationSettings(Part):
+    """How the model is asked."""
+
+    split: Literal["validation", "test"] = "test"
+    batch_size: int = Field(128, ge=1)
+    max_new_tokens: int = Field(24, ge=1)
+
+
+class ExecutionSettings(Part):
+    """Where and how wide a run executes; does not change what is computed."""
+
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
+    slots: int = Field(1, ge=1, description="training steps at once (1 on CPU)")
+
+
+class Recipe(Part):
+    """A whole run: data, model, method and how it is measured."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder under reports/")
+    method: MethodName = "mera"
+    seed: int = Field(0, ge=0)
+    order: tuple[Modality, ...] = Field(min_length=1)
+    modalities: dict[Modality, ModalitySettings]
+    data: DataSettings = DataSettings()
+    backbone: BackboneSettings = BackboneSettings()
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    align: PhaseSettings
+    fine_tune: FineTuneSettings
+    realign: PhaseSettings
+    replay: ReplaySettings
+    merge: MergeSettings = MergeSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    execution: ExecutionSettings = ExecutionSettings()
+    store: str = Field("artifacts", description="folder of the artifact store")
+
+    @model_validator(mode="after")
+    def _order_names_modalities(self) -> Recipe:
+        problems = []
+        repeated = sorted({name for name in self.order if self.order.count(name) > 1})
+        if repeated:
+            problems.append(f"order names {', '.join(repeated)} more than once")
+        missing = [name for name in self.order if name not in self.modalities]
+        if missing:
+            problems.append(f"order names {', '.join(missing)}, which modalities does not describe")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class RecipeError(GraftlineError):
+    """A recipe that cannot be run; the message lists every problem at once."""
+
+
+def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: dotted key -> value, e.g. `{"replay.fraction": 0.01}`; wins over the file.
+
+    Raises:
+        RecipeError: names the file and every problem (unknown keys with the nearest valid name).
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        near = sorted(str(other) for other in path.parent.glob("*.yaml"))
+        hint = f" Recipes beside it: {', '.join(near)}." if near else ""
+        raise RecipeError(f"{path}: no such recipe.{hint}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values.")
+    for key, value in (overrides or {}).items():
+        _set_dotted(content, key, value)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        lines = [_describe(problem) for problem in error.errors()]
+        raise RecipeError(
+            f"{path}: {len(lines)} problem(s):\n" + "\n".join(f"  - {line}" for line in lines)
+        ) from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Splits `key=value` of a command line; the value is read as YAML.
+
+    Raises:
+        RecipeError: there is no `=`, or the value is no YAML.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"--set {text!r}: write key=value, e.g. replay.fraction=0.01")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text!r}: the value is not YAML: {error}") from error
+
+
+def _set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for name in parents:
+        inner = content.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {key}: {name} is a value, not a group of keys")
+        content = inner
+    content[last] = value
+
+
+def _describe(problem: Any) -> str:
+    """One pydantic problem as a line: where, what, and the nearest valid name."""
+    location = [str(part) for part in problem["loc"] if part != "[key]"]
+    where = ".".join(location) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(location[-1], _keys_beside(location))}"
+    if problem["type"] == "literal_error":
+        choices = [choice.strip(" '") for choice in _choices(problem)]
+        given = str(problem["input"])
+        return f"{where}: {given!r} is not one of {', '.join(choices)}{_nearest(given, choices)}"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"[
+        :400
+    ]
+
+
+def _choices(problem: Any) -> list[str]:
+    return str(problem["ctx"]["expected"]).replace(" or ", ", ").split(", ")
+
+
+def _keys_beside(location: Sequence[str]) -> list[str]:
+    """The valid keys of the recipe part that holds the last name of `location`."""
+    part: type[BaseModel] = Recipe
+    for name in location[:-1]:
+        field = part.model_fields.get(name)
+        annotation = field.annotation if field else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            part = annotation
+        elif name == "modalities":
+            part = ModalitySettings
+    return list(part.model_fields)
+
+
+def _nearest(given: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

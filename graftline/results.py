@@ -1,0 +1,91 @@
+"""The scores of a run, read from its artifacts alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from graftline.errors import GraftlineError
+from graftline.evaluation.report import RunScores, ScoreCell
+from graftline.evaluation.scoring import METRICS
+from graftline.plan import Reference
+from graftline.run_plan import PlannedScore, RunPlan
+from graftline.store import Artifact, Store
+
+
+def collect(
+    plan: RunPlan, store: Store, *, wall_seconds: float, peak_rss_bytes: int, data_md5: str
+) -> RunScores:
+    """Gathers what a finished run measured.
+
+    Args:
+        plan: the run, or the part of it that is finished.
+        store: where its artifacts are.
+        wall_seconds: how long the run took.
+        peak_rss_bytes: the most memory it held.
+        data_md5: the data's version.
+
+    Raises:
+        GraftlineError: a score is not in the store yet.
+    """
+    tables: dict[Reference, dict[str, list[float]]] = {}
+    cells = []
+    for planned in plan.scores:
+        if planned.reference not in tables:
+            tables[planned.reference] = _by_task(_found(store, planned.reference))
+        cells += _cells(planned, tables[planned.reference])
+    perplexity = {when: _perplexity(store, reference) for when, reference in plan.perplexity.items()}
+    recipe = plan.recipe
+    return RunScores(
+        recipe=recipe.name,
+        method=recipe.method,
+        seed=recipe.seed,
+        order=recipe.order,
+        cells=tuple(cells),
+        wall_seconds=wall_seconds,
+        peak_rss_bytes=peak_rss_bytes,
+        data_md5=data_md5,
+        fingerprint=plan.fingerprint,
+        text_perplexity_before=perplexity.get("before"),
+        text_perplexity_after=perplexity.get("after"),
+    )
+
+
+def _found(store: Store, reference: Reference) -> Artifact:
+    artifact = store.find(reference.kind, reference.fingerprint)
+    if artifact is None:
+        raise GraftlineError(
+            f"{reference.kind} {reference.fingerprint[:12]} is not in the store; run the recipe."
+        )
+    return artifact
+
+
+def _by_task(artifact: Artifact) -> dict[str, list[float]]:
+    rows: list[Mapping[str, Any]] = pq.read_table(artifact.folder / "answers.parquet").to_pylist()
+    tasks: dict[str, list[float]] = {}
+    for row in rows:
+        tasks.setdefault(row["task"], []).append(row["score"])
+    return tasks
+
+
+def _cells(planned: PlannedScore, tasks: Mapping[str, list[float]]) -> list[ScoreCell]:
+    return [
+        ScoreCell(
+            stage=planned.stage,
+            stage_modality=planned.stage_modality,
+            modality=planned.modality,
+            task=task,
+            point=planned.point,
+            metric=METRICS[task],
+            examples=tuple(examples),
+        )
+        for task, examples in sorted(tasks.items())
+    ]
+
+
+def _perplexity(store: Store, reference: Reference) -> float:
+    content = json.loads((_found(store, reference).folder / "perplexity.json").read_text("utf-8"))
+    return float(content["perplexity"])

@@ -1,0 +1,1 @@
+"""Training: one loop, and the three ways to call it."""

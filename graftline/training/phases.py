@@ -1,0 +1,205 @@
+"""Align, fine-tune and realign: the three ways to call the training loop."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftline.data.examples import ExampleSet, TrainingSet, replay_rows
+from graftline.data.features import FeatureTable
+from graftline.model.connectors import MixerConnector
+from graftline.model.loading import (
+    ConnectorRecord,
+    LoadedModel,
+    assemble,
+    check_alignment,
+    new_connector,
+    read_connector,
+    read_record,
+    save_connector,
+)
+from graftline.recipe import LoraSettings, PhaseSettings
+from graftline.training.loop import History, train
+from graftline.training.lora import fold_lora, wrap_lora
+from graftline.training.optimizer import ParameterGroup
+
+RIDGE = 0.1
+"""Penalty of the closed-form start of a connector, as a share of its features' mean square."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What every phase needs beside its own settings.
+
+    Attributes:
+        backbone: loaded model and tokenizer; fine-tuning changes it in place.
+        backbone_fingerprint: which backbone that is.
+        features: modality -> features artifact.
+        system_prompt: of the chat template.
+        seed: of connector weights, order and replay.
+        work: folder for checkpoints.
+        out: folder to fill.
+        label: what the progress bar says.
+    """
+
+    backbone: tuple[Any, Any]
+    backbone_fingerprint: str
+    features: dict[str, Path]
+    system_prompt: str
+    seed: int
+    work: Path
+    out: Path
+    label: str
+
+
+def align(call: Call, settings: PhaseSettings, modality: str, shape: dict[str, int]) -> None:
+    """Trains a new connector alone on all of its modality's rows; the backbone stays frozen.
+
+    Args:
+        call: the surroundings.
+        settings: of the loop.
+        modality: whose connector.
+        shape: `tokens` and `hidden` of the connector.
+    """
+    features = FeatureTable(call.features[modality] / "train")[:]
+    record, connector = new_connector(
+        modality, call.backbone[0], features, shape, call.seed, call.backbone_fingerprint
+    )
+    loaded = assemble(call.backbone, [(record, connector)], call.system_prompt)
+    examples = _examples(call, loaded, [modality])
+    connector.fit(features, _answer_embeddings(loaded, examples[0]), RIDGE)
+    rows = TrainingSet(examples, settings.batch_size, call.seed)
+    _run(call, loaded, settings, rows, [_connector_group(loaded, modality, settings.learning_rate)])
+    save_connector(call.out, record, connector)
+
+
+def realign(
+    call: Call, settings: PhaseSettings, modality: str, connector: Path, fraction: float
+) -> None:
+    """Trains an old connector on its replay beside the merged, frozen backbone (MERA, step 4).
+
+    Args:
+        call: the surroundings.
+        settings: of the loop.
+        modality: whose connector.
+        connector: artifact that holds it.
+        fraction: share of the modality's training rows that was kept.
+    """
+    old = read_record(connector, modality)
+    record = ConnectorRecord(modality, old.shape, call.backbone_fingerprint)
+    module = read_connector(connector, old)
+    loaded = assemble(call.backbone, [(record, module)], call.system_prompt)
+    examples = _examples(call, loaded, [modality])
+    kept = replay_rows(len(examples[0]), fraction, call.seed)
+    rows = TrainingSet(examples, settings.batch_size, call.seed, [kept])
+    _run(call, loaded, settings, rows, [_connector_group(loaded, modality, settings.learning_rate)])
+    save_connector(call.out, record, module)
+
+
+def fine_tune(
+    call: Call,
+    settings: PhaseSettings,
+    connectors: dict[str, Path],
+    *,
+    mode: str,
+    lora: LoraSettings,
+    connector_learning_rate: float,
+    train_embeddings: bool,
+    result_fingerprint: str,
+) -> None:
+    """Trains the backbone and its connectors together (MERA, step 2; `joint` with several).
+
+    Args:
+        call: the surroundings.
+        settings: of the loop; the learning rate is the backbone's.
+        connectors: modality -> artifact that holds its aligned connector.
+        mode: `full`, `lora`, or `connector` (the backbone stays frozen).
+        lora: rank and alpha.
+        connector_learning_rate: of the connectors.
+        train_embeddings: whether input and output embeddings learn too.
+        result_fingerprint: what the connectors will be aligned to.
+    """
+    pairs: list[tuple[ConnectorRecord, MixerConnector]] = []
+    frozen = mode == "connector"
+    for modality, folder in connectors.items():
+        old = read_record(folder, modality)
+        check_alignment(old, call.backbone_fingerprint, call.label)
+        aligned_to = call.backbone_fingerprint if frozen else result_fingerprint
+        pairs.append(
+            (ConnectorRecord(modality, old.shape, aligned_to), read_connector(folder, old))
+        )
+    loaded = assemble(call.backbone, pairs, call.system_prompt)
+    examples = _examples(call, loaded, list(connectors))
+    rows = TrainingSet(examples, settings.batch_size, call.seed)
+    groups = [_connector_group(loaded, name, connector_learning_rate) for name in connectors]
+    if not frozen:
+        if mode == "lora":
+            wrap_lora(loaded.model, lora, call.seed)
+        groups.append(_backbone_group(loaded, settings.learning_rate, mode, train_embeddings))
+    _run(call, loaded, settings, rows, groups)
+    if mode == "lora":
+        fold_lora(loaded.model)
+    for record, connector in pairs:
+        save_connector(call.out, record, connector)
+    if not frozen:
+        loaded.model.backbone.save_pretrained(call.out / "backbone")
+        loaded.tokenizer.save_pretrained(call.out / "backbone")
+
+
+def _answer_embeddings(loaded: LoadedModel, examples: ExampleSet) -> Tensor:
+    """Mean input embedding of each row's answer: float32 (rows, embedding width)."""
+    table = loaded.model.backbone.get_input_embeddings().weight.detach().float().cpu()
+    answers = [examples.prompt(row, True).answer_ids[:-1] for row in range(len(examples))]
+    return torch.stack([table[list(token_ids)].mean(0) for token_ids in answers])
+
+
+def _examples(call: Call, loaded: LoadedModel, modalities: Sequence[str]) -> list[ExampleSet]:
+    return [
+        ExampleSet(call.features[name], name, "train", loaded.prompts) for name in modalities
+    ]
+
+
+def _run(
+    call: Call,
+    loaded: LoadedModel,
+    settings: PhaseSettings,
+    rows: TrainingSet,
+    groups: Sequence[ParameterGroup],
+) -> History:
+    started = time.monotonic()
+    history = train(loaded.model, groups, rows.batch, settings, call.work, call.label)
+    (call.out / "history.json").write_text(json.dumps(asdict(history)), encoding="utf-8")
+    timing = {"seconds": round(time.monotonic() - started, 3)}
+    (call.out / "timing.json").write_text(json.dumps(timing), encoding="utf-8")
+    return history
+
+
+def _connector_group(loaded: LoadedModel, modality: str, rate: float) -> ParameterGroup:
+    parameters = list(loaded.model.connectors[modality].parameters())
+    return ParameterGroup(f"connector-{modality}", parameters, rate)
+
+
+def _backbone_group(
+    loaded: LoadedModel, rate: float, mode: str, train_embeddings: bool
+) -> ParameterGroup:
+    backbone = loaded.model.backbone
+    if mode == "lora":
+        chosen = [p for name, p in backbone.named_parameters() if "lora_" in name]
+        return ParameterGroup("backbone", chosen, rate)
+    embeddings = {
+        id(layer.weight)
+        for layer in (backbone.get_input_embeddings(), backbone.get_output_embeddings())
+    }
+    chosen = [
+        parameter
+        for parameter in backbone.parameters()
+        if train_embeddings or id(parameter) not in embeddings
+    ]
+    return ParameterGroup("backbone", chosen, rate)

@@ -1,0 +1,142 @@
+"""The data's version: build what is missing, check it, and let DVC record it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from graftline.data import build as building
+from graftline.data.parts import Progress
+from graftline.data.validation import require_valid
+from graftline.errors import GraftlineError
+from graftline.progress import Advance, track
+from tasks.references import DataVersion
+
+_log = logging.getLogger(__name__)
+
+
+def inside_dvc() -> bool:
+    """Whether this process runs under `dvc repro`, which holds DVC's lock."""
+    return any(os.environ.get(name) for name in ("DVC_STAGE", "DVC_ROOT", "DVC_REPRO"))
+
+
+def pointer(folder: Path) -> Path:
+    """The `.dvc` file of a data folder."""
+    return folder.with_name(f"{folder.name}.dvc")
+
+
+@task(name="build-data", cache_policy=NO_CACHE, persist_result=False)
+def build_data(folder: str, store: str) -> bool:
+    """Builds the starter's data if the folder is missing; says whether it was built.
+
+    Raises:
+        GraftlineError: it is missing under `dvc repro`, where DVC provides the data.
+    """
+    target = Path(folder)
+    with _one_at_a_time(store):
+        if target.is_dir() and any(target.iterdir()):
+            return False
+        if inside_dvc():
+            raise GraftlineError(
+                f"{folder} is missing; run `dvc pull`, or `graftline data build` once, before "
+                "`dvc repro`"
+            )
+        with bar() as progress:
+            building.build(target, progress=progress)
+    return True
+
+
+@task(name="validate-data", cache_policy=NO_CACHE, persist_result=False)
+def validate_data(folder: str, store: str) -> None:
+    """Checks every row of a data folder, once for each version of it.
+
+    Raises:
+        GraftlineError: lists every problem by file and row.
+    """
+    mark = Path(store) / ".validated" / building.directory_md5(Path(folder))
+    if mark.exists():
+        return
+    with bar() as progress:
+        require_valid(Path(folder), progress=progress)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+@task(name="record-data-version", cache_policy=NO_CACHE, persist_result=False)
+def record_version(folder: str, store: str) -> DataVersion:
+    """Lets DVC record the folder's version, unless it is recorded already or DVC is at work."""
+    target = Path(folder)
+    source = pointer(target)
+    sums = building.checksums(target)
+    md5 = building.listing_md5(sums)
+    with _one_at_a_time(store):
+        known = source.exists() and building.recorded(source)[0] == md5
+        if not known and not inside_dvc() and _is_dvc_project(target):
+            if source.exists():
+                _log.warning("%s differs from %s: recorded as a new version", folder, source.name)
+            _dvc_add(target)
+            building.record_files(target, source)
+            known = True
+    return DataVersion(folder, md5, by_modality(sums), str(source) if known else folder)
+
+
+def by_modality(sums: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Checksums by path as modality -> split -> md5; other files are left out."""
+    found: dict[str, dict[str, str]] = {}
+    for name, md5 in sums.items():
+        modality, _, file = name.partition("/")
+        if file.endswith(".parquet") and "/" not in file:
+            found.setdefault(modality, {})[file.removesuffix(".parquet")] = md5
+    return found
+
+
+@contextmanager
+def bar() -> Iterator[Progress]:
+    """A callback `(what, done, total)` that moves one progress bar."""
+    with ExitStack() as stack:
+        bars: list[Advance] = []
+        moved = 0
+
+        def update(what: str, done: int, total: int) -> None:
+            nonlocal moved
+            if not bars:
+                bars.append(stack.enter_context(track(f"{what.split()[0]} data", total)))
+            for _ in range(done - moved):
+                bars[0](what)
+            moved = max(done, moved)
+
+        yield update
+
+
+def _one_at_a_time(store: str) -> FileLock:
+    folder = Path(store) / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "data.lock")
+
+
+def _is_dvc_project(folder: Path) -> bool:
+    return (folder.absolute().parent / ".dvc").is_dir()
+
+
+def _dvc_add(folder: Path) -> None:
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "add", "--quiet", folder.name],
+        cwd=folder.absolute().parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise GraftlineError(
+            f"`dvc add {folder.name}` failed: {(done.stderr or done.stdout).strip()[-800:]}"
+        )

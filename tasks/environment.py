@@ -1,0 +1,30 @@
+"""Environment variables that must be set before torch, transformers, MLflow or Prefect load."""
+
+from __future__ import annotations
+
+import os
+
+_DEFAULTS = {
+    # Threads that spin while they wait stall training when the machine is shared.
+    "GOMP_SPINCOUNT": "20000",  # wait briefly, then sleep: endless spinning stalls shared machines
+    "THP_MEM_ALLOC_ENABLE": "1",  # large pages: a fifth off the optimiser's memory passes
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
+}
+
+
+def prepare(*, verbose: bool = False) -> None:
+    """Sets what is not set; what the user set wins. `verbose` shows Prefect's own log lines."""
+    if verbose:
+        os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop("MLFLOW_RUN_ID", None)  # an outer run's id would take our child runs over

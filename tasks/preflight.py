@@ -1,0 +1,70 @@
+"""What can be known to fail before anything is computed, all of it at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from graftline.errors import GraftlineError
+from graftline.execution import is_done
+from graftline.run_plan import RunPlan
+from graftline.store import Store
+
+# bf16 folder of each backbone, in bytes; training keeps an fp32 copy and two moments beside it.
+_BACKBONE_BYTES = {"smollm2-135m-instruct": 300_000_000, "tiny-random": 2_000_000}
+_OTHER_BACKBONE_BYTES = 300_000_000
+_TRAINING_FACTOR = 7
+_SMALL_STEP_BYTES = 10_000_000
+
+
+class PreflightError(GraftlineError):
+    """What stands in the way of a run; the message lists every problem."""
+
+
+def check_store(store: str) -> None:
+    """Makes the store's folder and writes into it.
+
+    Raises:
+        PreflightError: it cannot be written.
+    """
+    folder = Path(store)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PreflightError(
+            f"{folder}: the artifact store cannot be written ({error.strerror}); make it writable "
+            "or choose another folder with --set store=<folder>"
+        ) from error
+
+
+def bytes_needed(plan: RunPlan, store: Store) -> int:
+    """Estimate of what a plan's unfinished steps will write, in bytes."""
+    size = _BACKBONE_BYTES.get(plan.recipe.backbone.source, _OTHER_BACKBONE_BYTES)
+    todo = [step for step in plan.steps.values() if not is_done(step, store)]
+    heavy = [
+        step
+        for step in todo
+        if step.kind in ("backbone", "merge")
+        or (step.kind == "fine-tune" and step.parameters["mode"] != "connector")
+    ]
+    checkpoints = _TRAINING_FACTOR * size if any(s.kind == "fine-tune" for s in heavy) else 0
+    return len(heavy) * size + checkpoints + (len(todo) - len(heavy)) * _SMALL_STEP_BYTES
+
+
+def check_disk(plan: RunPlan, store: Store) -> None:
+    """Compares the estimate with what is free where the store lies.
+
+    Raises:
+        PreflightError: there is not enough.
+    """
+    needed = bytes_needed(plan, store)
+    free = shutil.disk_usage(store.root).free
+    if needed > free:
+        raise PreflightError(
+            f"{os.path.abspath(store.root)}: the run needs about {needed / 1e9:.1f} GB there and "
+            f"{free / 1e9:.1f} GB are free; free some space or use --set store=<folder>"
+        )

@@ -1,0 +1,63 @@
+"""Which runs are going on, so that the ones that were killed do not stay RUNNING for ever.
+
+A run writes `<store>/.runs/<id>.json` and holds the lock beside it. The kernel drops the lock
+when the process dies; the next run finds a record whose lock is free and closes what it names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from graftline.durable import atomic_write_text
+
+
+class RunRecord:
+    """The record of this process's run, while it lasts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._content: dict[str, str | int] = {"pid": os.getpid(), "host": socket.gethostname()}
+
+    def note(self, **content: str) -> None:
+        """Adds to the record, e.g. `mlflow_run=...`; durable on return."""
+        self._content.update(content)
+        atomic_write_text(self._path, json.dumps(self._content))
+
+
+@contextmanager
+def recorded_run(store: Path | str) -> Iterator[RunRecord]:
+    """Keeps a record of a run while the context lasts, and removes it at its end."""
+    folder = Path(store) / ".runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{uuid.uuid4().hex}.json"
+    lock = FileLock(path.with_suffix(".lock"))
+    with lock:
+        record = RunRecord(path)
+        record.note()
+        try:
+            yield record
+        finally:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def dead_runs(store: Path | str) -> Iterator[Mapping[str, str | int]]:
+    """Yields what dead runs recorded, and forgets each after its caller has dealt with it."""
+    for path in sorted((Path(store) / ".runs").glob("*.json")):
+        lock = FileLock(path.with_suffix(".lock"))
+        with suppress(Timeout), lock.acquire(blocking=False):
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                content = {}
+            yield content
+            path.unlink(missing_ok=True)
+            path.with_suffix(".lock").unlink(missing_ok=True)

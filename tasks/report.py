@@ -1,0 +1,257 @@
+"""What people and other tools read of a run: reports, pictures, MLflow's numbers, artifacts."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from graftline.evaluation.pictures import score_matrix, scores_over_stages
+from graftline.evaluation.report import (
+    RunScores,
+    gains_of,
+    place_scores,
+    split_scores,
+    write_report,
+)
+from graftline.results import collect
+from graftline.plan import Model
+from graftline.run_plan import RunPlan
+from graftline.store import Store
+from tasks import tracking
+from tasks.outputs import pictures, report_folder
+from tasks.references import DataVersion, Place
+
+_NAMES = {"final": "score", "vanilla": "vanilla", "merged": "merged", "expert": "expert"}
+
+
+@task(
+    name="record-stage",
+    task_run_name="record stage {stage}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def record_stage(plan: RunPlan, stage: int, place: Place, data: DataVersion) -> str | None:
+    """Records a finished stage in MLflow: its numbers, its checkpoint; stage 0 are the experts.
+
+    Returns:
+        The id of the checkpoint's model in MLflow, if the stage has one.
+    """
+    if place.tracked is None:
+        return None
+    run = _collect(_until(plan, stage), place, data, seconds=0.0)
+    child = tracking.stage_run(place.tracked, stage)
+    numbers = _stage_numbers(run, stage)
+    for step, found in numbers.items():
+        for run_id in (place.tracked.run_id, child):
+            tracking.log_numbers(run_id, place.tracked.uri, found, step)
+    model_id = None
+    for planned in plan.stages:
+        if planned.index == stage:
+            model_id = _log_model(plan, planned.final, stage, child, place, numbers[stage])
+    tracking.end_run(place.tracked.uri, child, "FINISHED")
+    return model_id
+
+
+@task(name="write-report", cache_policy=NO_CACHE, persist_result=False)
+def write_run_report(
+    plan: RunPlan, place: Place, data: DataVersion, seconds: float, computed: int
+) -> str:
+    """Writes `reports/...`: metrics, tables and pictures; and the run's totals to MLflow.
+
+    Args:
+        plan: the run.
+        place: where its artifacts lie.
+        data: the data's version.
+        seconds: how long the run took so far.
+        computed: how many steps were computed and not reused. A report of the same result stays
+            as it is when there were none, so that its wall time stays the computation's.
+
+    Returns:
+        The report's folder.
+    """
+    folder = report_folder(plan.recipe)
+    old = _metrics(folder)
+    if computed == 0 and old.get("fingerprint") == plan.fingerprint:
+        metrics = old
+    else:
+        run = _collect(plan, place, data, seconds)
+        metrics = write_report(folder, run)
+    if not all(path.exists() for path in pictures(folder)) or metrics is not old:
+        _draw(folder, _collect(plan, place, data, seconds))
+    _publish(plan, place, folder, metrics)
+    return str(folder)
+
+
+@task(name="register-model", cache_policy=NO_CACHE, persist_result=False)
+def register_model(plan: RunPlan, place: Place, data: DataVersion, model_id: str | None) -> None:
+    """Registers the last stage's checkpoint under the recipe's name, alias = method."""
+    if place.tracked is None or model_id is None:
+        return
+    recipe = plan.recipe
+    tags = {
+        "method": recipe.method,
+        "seed": str(recipe.seed),
+        "order": ",".join(recipe.order),
+        "data_md5": data.md5,
+        "fingerprint": plan.fingerprint,
+    }
+    tracking.register(recipe.name, model_id, place.tracked.run_id, recipe.method, tags)
+
+
+def matrix_markdown(metrics: Mapping[str, Any], cells: str) -> str:
+    """The score matrix and the headlines of a run as Markdown.
+
+    Args:
+        metrics: as `metrics.json` holds them.
+        cells: the rows of the matrix as Markdown.
+    """
+    lines = [f"# {metrics['recipe']}, {metrics['method']}, seed {metrics['seed']}", "", cells, ""]
+    for name in ("brg", "frg", "retention"):
+        value = metrics.get(name)
+        lines.append(f"- **{name.upper()}**: {'n/a' if value is None else f'{value:.2f} %'}")
+    return "\n".join(lines) + "\n"
+
+
+def _until(plan: RunPlan, stage: int) -> RunPlan:
+    """The part of a plan that is finished at a stage's end."""
+    if stage == 0:
+        return replace(plan, perplexity={})
+    scores = tuple(s for s in plan.scores if s.point != "expert" and s.stage <= stage)
+    return replace(plan, scores=scores, perplexity={})
+
+
+def _collect(plan: RunPlan, place: Place, data: DataVersion, seconds: float) -> RunScores:
+    return collect(
+        plan if plan.stages else _kept_apart(plan),
+        Store(place.store),
+        wall_seconds=seconds,
+        peak_rss_bytes=_peak_bytes(),
+        data_md5=data.md5,
+    )
+
+
+def _kept_apart(plan: RunPlan) -> RunPlan:
+    """Experts alone: what is delivered at the end is each modality's own expert."""
+    last = len(plan.recipe.order)
+    final = tuple(
+        replace(score, stage=last, stage_modality=plan.recipe.order[-1], point="final")
+        for score in plan.scores
+        if score.point == "expert"
+    )
+    return replace(plan, scores=(*plan.scores, *final))
+
+
+def _peak_bytes() -> int:
+    """Largest resident memory of this process so far (Linux counts in KiB, macOS in bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _stage_numbers(run: RunScores, stage: int) -> dict[int, dict[str, float]]:
+    """MLflow step -> name -> number, of one stage; an expert's step is its modality's stage."""
+    numbers: dict[int, dict[str, float]] = {stage: {}} if stage else {}
+    for (point, at, modality), score in place_scores(run).items():
+        if at == stage:
+            step = stage or run.order.index(modality) + 1
+            numbers.setdefault(step, {})[f"{_NAMES[point]}.{modality}"] = score
+    for cell in run.cells:
+        if cell.place[1] == stage:
+            step = stage or run.order.index(cell.modality) + 1
+            numbers[step][f"{_NAMES[cell.point]}.{cell.modality}.{cell.task}"] = cell.score
+    if stage:
+        gains = gains_of(place_scores(run), run.order[:stage])  # as if the run ended here
+        for name, gain in (("BRG", gains.brg), ("FRG", gains.frg_per_stage[stage])):
+            if gain.value is not None:
+                numbers[stage][name] = gain.value
+    return numbers
+
+
+def _log_model(
+    plan: RunPlan,
+    model: Model,
+    stage: int,
+    child: str,
+    place: Place,
+    numbers: Mapping[str, float],
+) -> str:
+    assert place.tracked is not None
+    store, recipe = Store(place.store), plan.recipe
+    parts = {"backbone": model.backbone} | {
+        f"connector.{name}": reference for name, reference in model.connectors.items()
+    }
+    tags = {role: f"{part.kind}/{part.fingerprint}" for role, part in parts.items()}
+    tags |= {"method": recipe.method, "seed": str(recipe.seed), "stage": str(stage)}
+    folder = store.folder(model.backbone.kind, model.backbone.fingerprint).absolute()
+    name = f"{recipe.name}-{recipe.method}-stage-{stage}".replace(".", "-")
+    return tracking.log_model(place.tracked, child, name, folder, tags, numbers, stage)
+
+
+def _draw(folder: Path, run: RunScores) -> None:
+    stages, vanilla, experts = split_scores(place_scores(run), run.order)
+    matrix, lines = pictures(folder)
+    title = f"{run.recipe}: {run.method}, seed {run.seed}"
+    score_matrix(matrix, run.order, stages, vanilla=vanilla, experts=experts, title=title)
+    scores_over_stages(lines, run.order, stages, vanilla=vanilla, experts=experts, title=title)
+
+
+def _publish(plan: RunPlan, place: Place, folder: Path, metrics: Mapping[str, Any]) -> None:
+    """The report's numbers and files to MLflow, its matrix to Prefect."""
+    rows = _matrix_rows(folder, metrics["order"])
+    text = matrix_markdown(metrics, rows)
+    if place.tracked is not None:
+        names = {"brg": "BRG.final", "frg": "FRG.mean"} | {
+            key: key
+            for key in (
+                "brg_mean", "retention", "text_perplexity_before", "text_perplexity_after",
+                "wall_seconds", "peak_rss_bytes",
+            )
+        }  # fmt: skip
+        found = {n: float(metrics[k]) for k, n in names.items() if metrics.get(k) is not None}
+        run_id, uri = place.tracked.run_id, place.tracked.uri
+        tracking.log_numbers(run_id, uri, found, len(plan.recipe.order))
+        small = ["metrics.json", "scores.csv", "scores.png", "stages.png"]
+        tracking.log_files(place.tracked, [folder / name for name in small])
+        text += f"\nMLflow: experiment `{plan.recipe.name}`, run `{run_id}`"
+        if uri.startswith("http"):
+            link = f"{uri.rstrip('/')}/#/experiments/{place.tracked.experiment_id}/runs/{run_id}"
+            text += f" ([open]({link}))"
+    key = re.sub(r"[^a-z0-9]+", "-", f"scores-{plan.recipe.name}-{plan.recipe.method}".lower())
+    create_markdown_artifact(key=key.strip("-"), markdown=text, description="score matrix")
+
+
+def _matrix_rows(folder: Path, order: list[str]) -> str:
+    import pandas as pd
+
+    table = pd.read_csv(folder / "scores.csv")
+    mean = table.groupby(["point", "stage", "modality"], as_index=False)["score"].mean()
+    lines = ["| | " + " | ".join(name.replace("_", " ") for name in order) + " |"]
+    lines.append("|" + " --- |" * (len(order) + 1))
+    for point in ("final", "vanilla", "expert"):
+        chosen = mean[mean["point"] == point]
+        if point == "final":
+            groups = [(f"after stage {s}", g) for s, g in chosen.groupby("stage")]
+        else:
+            groups = [(point, chosen)] if len(chosen) else []
+        for label, group in groups:
+            scores = dict(zip(group["modality"], group["score"], strict=True))
+            fields = [f"{100 * scores[name]:.1f}" if name in scores else "" for name in order]
+            lines.append(f"| {label} | " + " | ".join(fields) + " |")
+    return "\n".join(lines)
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

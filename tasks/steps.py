@@ -1,0 +1,131 @@
+"""One Prefect task a kind of step, all with the same body: carry it out, record it.
+
+The artifact store decides what is reused and what runs; so Prefect's own cache is off and no
+result is persisted. Only faults of input and output are retried.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.sync import concurrency
+from prefect.tasks import exponential_backoff
+
+from graftline.execution import Machine, execute, is_done
+from graftline.plan import CODE, Reference, Step
+from graftline.run_plan import PlannedScore, RunPlan
+from graftline.store import Store
+from tasks import tracking
+from tasks.interruption import interruptible
+from tasks.references import Place
+
+SLOTS_VARIABLE = "GRAFTLINE_CONCURRENCY_LIMIT"
+_COMPUTING = frozenset({"features", "align", "fine-tune", "realign", "evaluate", "perplexity"})
+_LASTING = frozenset(
+    {
+        errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
+        errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOMEM,
+    }
+)  # fmt: skip
+
+_log = logging.getLogger(__name__)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether trying again may help: no matter of the disk's space, rights, names or memory."""
+    return isinstance(error, OSError) and error.errno not in _LASTING
+
+
+def _may_retry(_task: Any, _run: Any, state: Any) -> bool:
+    try:
+        state.result()
+    except Exception as error:  # whatever the task raised
+        return is_passing(error)
+    return False
+
+
+def carry_out(step: Step, place: Place) -> Reference:
+    """Carries one step out and records it; returns where the result lies."""
+    store = Store(place.store)
+    with interruptible(), _slot(step.kind):
+        reused = store.folder(step.kind, step.reference.fingerprint).exists()
+        artifact = execute(step, store, Machine(Path(place.data_folder), place.device))
+        if place.tracked is not None:
+            tracking.log_step(place.tracked, step, artifact.folder, reused=reused)
+    _log.info("%s: %s", step.label, "reused" if reused else "done")
+    return step.reference
+
+
+@contextmanager
+def _slot(kind: str) -> Iterator[None]:
+    """Takes a slot of the Prefect concurrency limit that `GRAFTLINE_CONCURRENCY_LIMIT` names."""
+    limit = os.environ.get(SLOTS_VARIABLE)
+    if not limit or kind not in _COMPUTING:
+        yield
+        return
+    with concurrency(limit, strict=True):  # without `strict` an unknown limit would be ignored
+        yield
+
+
+def _task(kind: str) -> Task[[Step, Place], Reference]:
+    return task(
+        name=kind,
+        task_run_name="{step.label}",
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=2,
+        retry_delay_seconds=exponential_backoff(2),
+        retry_jitter_factor=0.5,
+        retry_condition_fn=_may_retry,
+    )(carry_out)
+
+
+TASKS: Mapping[str, Task[[Step, Place], Reference]] = {kind: _task(kind) for kind in CODE}
+
+
+def by_stage(plan: RunPlan) -> list[tuple[int, list[Step]]]:
+    """A plan's steps in the order in which people want to see them: stage after stage.
+
+    Returns:
+        (stage, the steps that its scores need and that no stage before it needed), parents before
+        children; the experts and the text's perplexity come last, as stage 0.
+    """
+    groups: list[tuple[int, list[Step]]] = []
+    seen: set[Reference] = set()
+
+    def need(reference: Reference, steps: list[Step]) -> None:
+        if reference in seen:
+            return
+        seen.add(reference)
+        step = plan.steps[reference]
+        for parent in step.parents.values():
+            need(parent, steps)
+        steps.append(step)
+
+    for stage in [*(stage.index for stage in plan.stages), 0]:
+        steps: list[Step] = []
+        for score in scores_of_stage(plan, stage):
+            need(score.reference, steps)
+        if stage == 0:
+            for reference in plan.perplexity.values():
+                need(reference, steps)
+        groups.append((stage, steps))
+    return groups
+
+
+def unfinished(plan: RunPlan, store: Store) -> int:
+    """How many steps of a plan have no artifact yet."""
+    return sum(not is_done(step, store) for step in plan.steps.values())
+
+
+def scores_of_stage(plan: RunPlan, stage: int) -> list[PlannedScore]:
+    """What is measured at the end of a stage; 0 stands for the experts."""
+    return [score for score in plan.scores if score.stage == stage]

@@ -1,0 +1,116 @@
+"""The two user interfaces, on loopback, as children that never outlive this process.
+
+`python -m tasks.ui <mlflow arguments>` is the child that serves MLflow: MLflow starts workers of
+its own, so the child is the leader of a process group and takes the whole group with it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+
+from graftline.errors import GraftlineError
+from tasks import environment
+from tasks.server import Server
+from tasks.supervised import start_child, stop_child, when_parent_ends
+
+_START_SECONDS = 60.0
+
+
+def serve_both(mlflow_port: int, prefect_port: int, say: Callable[[str], None]) -> None:
+    """Serves the MLflow UI and the Prefect UI until SIGINT or SIGTERM.
+
+    Args:
+        mlflow_port: port for MLflow; 0 chooses a free one.
+        prefect_port: port for Prefect; 0 chooses a free one.
+        say: told where they are.
+
+    Raises:
+        GraftlineError: a port is in use, or an interface does not start.
+    """
+    environment.prepare()
+    for name, port in (("--mlflow-port", mlflow_port), ("--prefect-port", prefect_port)):
+        _require_free(name, port)
+    mlflow_port = mlflow_port or _free_port()
+    child = start_child(["-m", "tasks.ui", str(mlflow_port)])
+    try:
+        with Server(with_ui=True, port=prefect_port) as prefect:
+            _wait(f"http://127.0.0.1:{mlflow_port}/health", child)
+            url = prefect.wait().removesuffix("/api")
+            say(f"MLflow:  http://127.0.0.1:{mlflow_port}")
+            say(f"Prefect: {url}")
+            say("Ctrl-C stops both.")
+            while child.poll() is None:
+                time.sleep(0.2)
+            raise GraftlineError("the MLflow UI ended by itself; start `graftline ui` again")
+    finally:
+        stop_child(child)
+
+
+def _require_free(option: str, port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise GraftlineError(
+                f"port {port} cannot be used ({error.strerror}); choose another one with {option}, "
+                "or 0 for any free one"
+            ) from error
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(url: str, child: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while child.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=2):  # noqa: S310
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise GraftlineError("the MLflow UI did not start; try `python -m tasks.ui 5000` to see why")
+
+
+def _serve_mlflow(port: int) -> None:
+    """The child: runs MLflow's server and ends it, workers and all, with the parent."""
+    from tasks.tracking import FOLDER, tracking_uri
+
+    FOLDER.mkdir(exist_ok=True)
+    arguments = [
+        sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port),
+        "--backend-store-uri", tracking_uri(), "--workers", "1",
+        "--default-artifact-root", (FOLDER / "artifacts").absolute().as_uri(),
+    ]  # fmt: skip
+    server = subprocess.Popen(arguments, stdin=subprocess.DEVNULL)
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+
+    def end() -> None:
+        ended.set()
+
+    when_parent_ends(end)
+    while server.poll() is None and not ended.wait(0.1):
+        pass
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(os.getpgid(0), signal.SIGTERM)
+    try:
+        server.wait(2)
+    except subprocess.TimeoutExpired:
+        pass
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _serve_mlflow(int(sys.argv[1]))

@@ -1,0 +1,127 @@
+"""Working copies in which the real command line runs, and what tells how a run ended."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from graftline.data.build import build
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"train": 64, "validation": 16, "test": 16}
+
+
+@dataclass
+class Project:
+    """A temporary working copy."""
+
+    folder: Path
+
+    def environment(self) -> dict[str, str]:
+        names = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID")
+        kept = {name: value for name, value in os.environ.items() if name not in names}
+        kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
+        kept["PREFECT_PROFILES_PATH"] = str(self.folder / "no-profiles.toml")
+        kept["OMP_NUM_THREADS"] = "1"
+        kept["COLUMNS"] = "120"
+        return kept
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", *arguments],
+            cwd=self.folder,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # a shell's background job would ignore SIGINT for good
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def run(self, *arguments: str, seconds: float = 300) -> tuple[int, str]:
+        process = self.start(*arguments)
+        text, _ = process.communicate(timeout=seconds)
+        return process.returncode, text
+
+    def artifacts(self) -> dict[str, float]:
+        """Published artifacts, and when each was published."""
+        found = self.folder.glob("artifacts/[!.]*/[!.]*/manifest.json")
+        return {str(path.parent.relative_to(self.folder)): path.stat().st_mtime for path in found}
+
+    def wait_for_artifacts(self, count: int, process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 180
+        while len(self.artifacts()) < count:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "the run makes no progress"
+            time.sleep(0.02)
+
+    def mlflow(self, query: str) -> list[tuple[object, ...]]:
+        return _query(self.folder / "mlruns" / "mlflow.db", query)
+
+    def prefect(self, query: str) -> list[tuple[object, ...]]:
+        return _query(self.folder / ".prefect" / "prefect.db", query)
+
+    def processes(self) -> list[str]:
+        """Commands of living processes that work in this copy."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if (entry / "cwd").resolve() == self.folder.resolve():
+                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue
+        return found
+
+    def left_over(self, seconds: float = 10.0) -> list[str]:
+        """Processes that are still there after a while."""
+        deadline = time.monotonic() + seconds
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self.processes()
+
+
+def _query(path: Path, query: str) -> list[tuple[object, ...]]:
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute(query).fetchall()
+    finally:
+        connection.close()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A working copy in which the tiny recipe ran once. Tests copy it and leave it alone."""
+    folder = tmp_path_factory.mktemp("finished") / "project"
+    folder.mkdir()
+    shutil.copytree(ROOT / "params", folder / "params")
+    build(folder / "data", sizes=SIZES)
+    project = Project(folder)
+    code, text = project.run("run", "params/tiny.yaml")
+    assert code == 0, text
+    (folder / "output.txt").write_text(text)
+    return project
+
+
+@pytest.fixture
+def copy(finished: Project, tmp_path: Path) -> Project:
+    """A copy of the finished working copy."""
+    folder = tmp_path / "project"
+    shutil.copytree(finished.folder, folder)
+    return Project(folder)
+
+
+@pytest.fixture
+def fresh(copy: Project) -> Project:
+    """A working copy whose databases exist and in which nothing was computed."""
+    for name in ("artifacts", "reports"):
+        shutil.rmtree(copy.folder / name)
+    return copy

@@ -1,0 +1,78 @@
+"""The command line's words and exit codes, where nothing is computed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _graftline(*arguments: str, folder: Path = ROOT) -> tuple[int, str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout
+
+
+def test_help_is_quick_and_complete():
+    start = time.monotonic()
+    code, text = _graftline("--help")
+    assert time.monotonic() - start < 3.0  # 0.4 s on an idle machine
+    assert code == 0
+    assert all(word in text for word in ("run", "show", "data", "ui"))
+    _, text = _graftline("run", "--help")
+    assert all(word in text for word in ("--method", "--seed", "--set", "--verbose"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["run"], 2, ["Missing argument"]),
+        (["rum"], 2, ["No such command"]),
+        (["run", "params/tiny.yaml", "--metod", "mera"], 2, ["--method"]),
+        (["run", "params/tiny.yaml", "--method", "merra"], 1, ["did you mean 'mera'"]),
+        (["run", "params/tinny.yaml"], 1, ["no such recipe", "params/tiny.yaml"]),
+        (["run", "params/tiny.yaml", "--set", "replay.fracton=1"], 1, ["did you mean 'fraction'"]),
+        (["run", "params/tiny.yaml", "--set", "seed"], 1, ["key=value"]),
+        (["run", "params/tiny.yaml", "--set", "align.steps=0"], 1, ["align.steps"]),
+    ],
+)
+def test_mistakes_are_named(arguments, code, words):
+    found, text = _graftline(*arguments)
+    assert found == code
+    assert all(word in text for word in words), text
+    assert "Traceback" not in text
+
+
+def test_show_without_report_says_what_to_run(tmp_path):
+    recipe = str(ROOT / "params/tiny.yaml")
+    code, text = _graftline("show", recipe, "--method", "joint", folder=tmp_path)
+    assert code == 1
+    assert f"graftline run {recipe} --method joint" in text
+
+
+def test_unwritable_store_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    recipe = str(ROOT / "params/tiny.yaml")
+    code, text = _graftline("data", "verify", folder=tmp_path)
+    assert code == 1
+    assert "data.dvc" in text
+    from graftline.errors import GraftlineError
+    from tasks.preflight import check_store
+
+    with pytest.raises(GraftlineError, match="cannot be written"):
+        check_store(str(tmp_path / "file" / "store"))
+    assert recipe

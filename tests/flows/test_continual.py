@@ -1,0 +1,138 @@
+"""The main flow, run by the real command line in working copies of its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+RUNS = "select name, status from runs"
+TIMES = ("wall_seconds", "peak_rss_bytes")
+
+
+def _metrics(project) -> dict[str, object]:
+    path = project.folder / "reports/tiny/mera/seed-0/metrics.json"
+    metrics = json.loads(path.read_text())
+    return {name: value for name, value in metrics.items() if name not in TIMES}
+
+
+def test_report_is_complete(finished):
+    folder = finished.folder / "reports/tiny/mera/seed-0"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"metrics.json", "scores.csv", "scores.png", "stages.png"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    keys = "brg brg_per_stage frg frg_per_stage retention scores data_md5 fingerprint order seed"
+    assert set(keys.split()) <= set(metrics)
+    text = (finished.folder / "output.txt").read_text()
+    assert "after stage 4" in text
+    assert "BRG" in text
+    assert "scores.png" in text
+    assert "Traceback" not in text
+    assert finished.left_over() == []
+    assert not list((finished.folder / "artifacts/.runs").iterdir())
+
+
+def test_mlflow_holds_numbers_and_names(finished):
+    runs = finished.mlflow(RUNS)
+    assert {status for _, status in runs} == {"FINISHED"}
+    assert ("mera seed 0", "FINISHED") in runs
+    assert {name for name, _ in runs} >= {"stage 1: image", "stage 4: point_cloud"}
+    parent = "(select run_uuid from runs where name = 'mera seed 0')"
+    steps = finished.mlflow(
+        f"select key, step from metrics where run_uuid = {parent} and key like 'score.image'"
+    )
+    assert sorted(steps) == [("score.image", step) for step in (1, 2, 3, 4)]
+    losses = finished.mlflow("select count(*) from metrics where key = 'loss.align.image'")
+    assert losses[0][0] == 4
+    [(digest,)] = finished.mlflow("select digest from datasets")
+    assert digest == _metrics(finished)["data_md5"]
+    aliases = finished.mlflow("select name, alias, version from registered_model_aliases")
+    assert aliases == [("tiny", "mera", 1)]
+    assert finished.mlflow("select count(*) from logged_models")[0][0] == 4
+
+
+def test_prefect_holds_the_execution(finished):
+    assert finished.prefect("select name, state_type from flow_run where name like 'tiny%'") == [
+        ("tiny mera seed 0", "COMPLETED")
+    ]
+    [(flow_run_id,)] = finished.prefect("select id from flow_run where name like 'tiny%'")
+    [(linked,)] = finished.mlflow(
+        "select value from tags where key = 'prefect_flow_run_id' limit 1"
+    )
+    assert str(linked).replace("-", "") == str(flow_run_id).replace("-", "")
+    [(text,)] = finished.prefect("select data from artifact where key = 'scores-tiny-mera'")
+    assert "after stage 4" in str(text)
+
+
+def test_run_again_reuses_everything(copy):
+    before, report = copy.artifacts(), _metrics(copy)
+    path = copy.folder / "reports/tiny/mera/seed-0/metrics.json"
+    content = path.read_bytes()
+    start = time.monotonic()
+    code, text = copy.run("run", "params/tiny.yaml")
+    assert code == 0, text
+    assert time.monotonic() - start < 120  # 30 on an idle machine
+    assert copy.artifacts() == before
+    assert _metrics(copy) == report
+    assert path.read_bytes() == content
+    assert copy.mlflow("select count(*) from model_versions")[0][0] == 1
+    assert copy.left_over() == []
+
+
+def test_methods_share_steps(copy):
+    before = copy.artifacts()
+    code, text = copy.run("run", "params/tiny.yaml", "--method", "experts")
+    assert code == 0, text
+    assert copy.artifacts() == before  # every run measures the experts
+    code, text = copy.run("show", "params/tiny.yaml", "--method", "experts")
+    assert code == 0
+    assert "retention" in text
+
+
+def test_killed_run_goes_on(fresh, finished):
+    process = fresh.start("run", "params/tiny.yaml")
+    fresh.wait_for_artifacts(12, process)
+    process.kill()
+    process.communicate()
+    done = fresh.artifacts()
+    assert fresh.left_over() == []
+    killed = "select count(*) from runs where status = 'RUNNING'"
+    assert fresh.mlflow(killed)[0][0] >= 1
+    code, text = fresh.run("run", "params/tiny.yaml")
+    assert code == 0, text
+    assert _metrics(fresh) == _metrics(finished)
+    after = fresh.artifacts()
+    assert {name: after[name] for name in done} == done
+    assert fresh.mlflow(killed)[0][0] == 0
+    assert fresh.mlflow("select count(*) from runs where status = 'KILLED'")[0][0] >= 1
+    states = fresh.prefect("select state_type from flow_run where name like 'tiny%'")
+    assert sorted(state for (state,) in states) == ["COMPLETED", "COMPLETED", "CRASHED"]
+    assert fresh.left_over() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_honestly(fresh, number):
+    process = fresh.start("run", "params/tiny.yaml")
+    fresh.wait_for_artifacts(3, process)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=40)
+    assert process.returncode == 128 + number, text
+    assert "the same command goes on" in text
+    assert "Traceback" not in text
+    assert ("mera seed 0", "KILLED") in fresh.mlflow(RUNS)
+    assert fresh.mlflow("select count(*) from runs where status = 'RUNNING'")[0][0] == 0
+    assert fresh.left_over() == []
+
+
+def test_bad_data_stops_before_training(fresh):
+    path = fresh.folder / "data/audio/test.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    code, text = fresh.run("run", "params/tiny.yaml")
+    assert code == 1
+    assert "audio/test.parquet" in text.replace("\n", "")
+    assert "Traceback" not in text
+    assert fresh.artifacts() == {}

@@ -1,0 +1,103 @@
+"""Which faults are retried, and in which order a plan's steps are submitted."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from graftline.durable import StoreUnwritable
+from graftline.errors import GraftlineError
+from graftline.recipe import load_recipe
+from graftline.run_plan import plan_run
+from graftline.store import Store
+from tasks.data import by_modality, inside_dvc
+from tasks.preflight import bytes_needed, check_disk
+from tasks.steps import TASKS, by_stage, is_passing, unfinished
+from tasks.tracking import flat
+
+ROOT = Path(__file__).resolve().parents[2]
+MODALITIES = ("image", "audio", "video", "point_cloud")
+FILES = {name: dict.fromkeys(("train", "validation", "test"), "0") for name in MODALITIES}
+
+
+def _plan(method: str):
+    return plan_run(load_recipe(ROOT / "params/tiny.yaml", {"method": method}), FILES)
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (OSError(errno.EIO, "i/o"), True),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), True),
+        (OSError(errno.ENOSPC, "full"), False),
+        (PermissionError(errno.EACCES, "denied"), False),
+        (OSError(errno.ENOMEM, "memory"), False),
+        (FileNotFoundError(errno.ENOENT, "absent"), False),
+        (MemoryError(), False),
+        (GraftlineError("loss is NaN"), False),
+        (StoreUnwritable(Path("a"), "full", "free some"), False),
+        (ValueError("shape"), False),
+    ],
+)
+def test_only_passing_faults_are_retried(error, passing):
+    assert is_passing(error) is passing
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["mera", "merge-only", "realign-only", "finetune", "connector-only", "joint", "experts"],
+)
+def test_order_holds_every_step_once_and_parents_first(method):
+    plan = _plan(method)
+    groups = by_stage(plan)
+    assert groups[-1][0] == 0  # the experts come last
+    seen = set()
+    for _, steps in groups:
+        for step in steps:
+            assert step.kind in TASKS
+            assert set(step.parents.values()) <= seen
+            seen.add(step.reference)
+    needed = {score.reference for score in plan.scores} | set(plan.perplexity.values())
+    assert needed <= seen
+    assert len(seen) == sum(len(steps) for _, steps in groups)
+
+
+def test_scores_of_a_stage_come_before_the_next_stage_trains():
+    kinds = [(stage, step.kind) for stage, steps in by_stage(_plan("mera")) for step in steps]
+    first_of_second = next(i for i, (stage, _) in enumerate(kinds) if stage == 2)
+    assert "evaluate" in {kind for _, kind in kinds[:first_of_second]}
+
+
+def test_disk_estimate(tmp_path, monkeypatch):
+    plan = _plan("mera")
+    store = Store(tmp_path)
+    assert unfinished(plan, store) == len(plan.steps)
+    assert bytes_needed(plan, store) > 0
+    check_disk(plan, store)
+    full = type("Usage", (), {"free": 10})()
+    monkeypatch.setattr("tasks.preflight.shutil.disk_usage", lambda _: full)
+    with pytest.raises(GraftlineError, match="GB"):
+        check_disk(plan, store)
+
+
+def test_checksums_by_modality():
+    sums = {"image/train.parquet": "a", "image/test.parquet": "b", "notes.txt": "c"}
+    assert by_modality(sums) == {"image": {"train": "a", "test": "b"}}
+
+
+def test_dvc_is_noticed(monkeypatch):
+    for name in ("DVC_STAGE", "DVC_ROOT", "DVC_REPRO"):
+        monkeypatch.delenv(name, raising=False)
+    assert not inside_dvc()
+    monkeypatch.setenv("DVC_STAGE", "mera")
+    assert inside_dvc()
+
+
+def test_flat():
+    assert flat({"a": {"b": 1, "c": ["x", "y"]}, "d": None}) == {
+        "a.b": "1",
+        "a.c": "x,y",
+        "d": "None",
+    }

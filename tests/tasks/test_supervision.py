@@ -1,0 +1,119 @@
+"""Children that end with their parent, records of dead runs, interrupting threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from graftline.durable import process_runs
+from tasks.interruption import interrupt_threads, interruptible, stoppable
+from tasks.records import dead_runs, recorded_run
+from tasks.server import configured_url
+from tasks.supervised import start_child, stop_child
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILD = "import sys, time; print('up', flush=True); from tasks.supervised import when_parent_ends; "
+CHILD += "when_parent_ends(lambda: None, 0.1); time.sleep(60)"
+
+
+def _gone(pid: int, seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while process_runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not process_runs(pid)
+
+
+def test_child_is_stopped():
+    child = start_child(["-c", CHILD])
+    assert child.stdout is not None
+    assert child.stdout.readline() == "up\n"
+    stop_child(child)
+    assert child.poll() is not None
+
+
+def test_child_ends_when_its_parent_is_killed():
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import time; from tasks.supervised import start_child; "
+            f"child = start_child(['-c', {CHILD!r}]); child.stdout.readline(); "
+            "print(child.pid, flush=True); time.sleep(60)",
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert process_runs(pid)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert _gone(pid)
+
+
+def test_records_of_living_runs_stay(tmp_path):
+    with recorded_run(tmp_path) as record:
+        record.note(mlflow_run="abc")
+        [path] = (tmp_path / ".runs").glob("*.json")
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+        assert list(dead_runs(tmp_path)) == []
+    assert list((tmp_path / ".runs").iterdir()) == []
+
+
+def test_records_of_dead_runs_are_handed_out_once(tmp_path):
+    code = (
+        "import os, sys; from tasks.records import recorded_run\n"
+        "with recorded_run(sys.argv[1]) as record:\n"
+        "    record.note(mlflow_run='abc'); os.kill(os.getpid(), 9)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=False)
+    [record] = list(dead_runs(tmp_path))
+    assert record["mlflow_run"] == "abc"
+    assert list(dead_runs(tmp_path)) == []
+
+
+def test_computing_threads_are_interrupted():
+    ended = threading.Event()
+    started = threading.Event()
+
+    def compute() -> None:
+        try:
+            with interruptible():
+                started.set()
+                while True:
+                    time.sleep(0.01)
+        except KeyboardInterrupt:
+            ended.set()
+
+    with stoppable():
+        thread = threading.Thread(target=compute, daemon=True)
+        thread.start()
+        assert started.wait(5)
+        interrupt_threads()
+        assert ended.wait(5)
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            pass
+    with stoppable(), interruptible():  # a later run is not affected
+        pass
+
+
+def test_configured_server_wins(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://example.test/api")
+    assert configured_url() == "http://example.test/api"
+    monkeypatch.delenv("PREFECT_API_URL")
+    profiles = tmp_path / "profiles.toml"
+    monkeypatch.setenv("PREFECT_PROFILES_PATH", str(profiles))
+    monkeypatch.delenv("PREFECT_PROFILE", raising=False)
+    assert configured_url() is None
+    profiles.write_text('active = "a"\n[profiles.a]\nPREFECT_API_URL = "http://b.test/api"\n')
+    assert configured_url() == "http://b.test/api"
