@@ -12,7 +12,7 @@ import torch
 
 from graftline.data.build import checksums
 from graftline.data.examples import ROWS, ExampleSet
-from graftline.data.features import FeatureTable, compute_features
+from graftline.data.features import compute_features
 from graftline.data.parts import SMOLLM2, fetch
 from graftline.data.rows import SPLITS, read_split
 from graftline.errors import GraftlineError
@@ -164,7 +164,9 @@ def _check_data(folder: Path, modality: str, expected: dict[str, str]) -> None:
 
 def _align(work: Work) -> None:
     parameters = work.step.parameters
-    phases.align(_call(work), _settings(parameters), parameters["modality"], parameters["connector"])
+    phases.align(
+        _call(work), _settings(parameters), parameters["modality"], parameters["connector"]
+    )
 
 
 def _realign(work: Work) -> None:

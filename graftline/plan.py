@@ -15,9 +15,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from graftline.manifest import fingerprint_of
 from graftline.model.encoders import encoder_identity
 from graftline.recipe import PhaseSettings, Recipe
-from graftline.manifest import fingerprint_of
 
 TRAINING_CODE = ("training/*.py", "model/*.py", "data/examples.py", "data/features.py")
 CODE: dict[str, tuple[str, ...]] = {
@@ -34,7 +34,12 @@ CODE: dict[str, tuple[str, ...]] = {
     "fine-tune": TRAINING_CODE,
     "realign": TRAINING_CODE,
     "merge": ("merging/*.py",),
-    "evaluate": ("model/*.py", "data/examples.py", "evaluation/answering.py", "evaluation/scoring.py"),
+    "evaluate": (
+        "model/*.py",
+        "data/examples.py",
+        "evaluation/answering.py",
+        "evaluation/scoring.py",
+    ),
     "perplexity": ("evaluation/perplexity.py",),
 }
 
@@ -135,7 +140,7 @@ class Planner:
 
     def features(self, modality: str) -> Reference:
         """What the frozen encoder says of every row, and the rows' text."""
-        encoder = self.recipe.modalities[modality].encoder
+        encoder = self.recipe.modality(modality).encoder
         parameters = {
             "modality": modality,
             "encoder": encoder_identity(encoder),
@@ -149,7 +154,7 @@ class Planner:
         parameters = {
             **self._training(self.recipe.align),
             "modality": modality,
-            "connector": self.recipe.modalities[modality].connector.model_dump(),
+            "connector": self.recipe.modality(modality).connector.model_dump(),
         }
         parents = {"backbone": backbone, f"features.{modality}": self.features(modality)}
         return self._add("align", parameters, parents, f"{modality}: align", stage)

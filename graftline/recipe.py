@@ -133,6 +133,10 @@ class Recipe(Part):
     execution: ExecutionSettings = ExecutionSettings()
     store: str = Field("artifacts", description="folder of the artifact store")
 
+    def modality(self, name: str) -> ModalitySettings:
+        """The settings of one modality by its name."""
+        return {str(key): value for key, value in self.modalities.items()}[name]
+
     @model_validator(mode="after")
     def _order_names_modalities(self) -> Recipe:
         problems = []

@@ -37,7 +37,9 @@ def collect(
         if planned.reference not in tables:
             tables[planned.reference] = _by_task(_found(store, planned.reference))
         cells += _cells(planned, tables[planned.reference])
-    perplexity = {when: _perplexity(store, reference) for when, reference in plan.perplexity.items()}
+    perplexity = {
+        when: _perplexity(store, reference) for when, reference in plan.perplexity.items()
+    }
     recipe = plan.recipe
     return RunScores(
         recipe=recipe.name,

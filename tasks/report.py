@@ -23,8 +23,8 @@ from graftline.evaluation.report import (
     split_scores,
     write_report,
 )
-from graftline.results import collect
 from graftline.plan import Model
+from graftline.results import collect
 from graftline.run_plan import RunPlan
 from graftline.store import Store
 from tasks import tracking

@@ -17,7 +17,7 @@ def held_out_text() -> str:
 
 @torch.inference_mode()
 def text_perplexity(backbone: Any, tokenizer: Any, text: str | None = None) -> float:
-    """exp of the mean negative log-likelihood per token of a text, in windows of a paragraph.
+    """Exp of the mean negative log-likelihood per token of a text, in windows of a paragraph.
 
     Args:
         backbone: a causal LM.

@@ -21,9 +21,9 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from graftline.durable import atomic_write_bytes
 from graftline.evaluation import EvaluationError
 from graftline.evaluation.gains import ModalityScores, StageScores
-from graftline.durable import atomic_write_bytes
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B8558F", "#8C6D00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -51,7 +52,7 @@ def merge_backbones(previous: Path, vanilla: Path, stage: int, out: Path) -> Non
     save_file(merged, out / WEIGHTS, metadata={"format": "pt"})
 
 
-def _differences(old: safe_open, new: safe_open) -> list[str]:
+def _differences(old: Any, new: Any) -> list[str]:
     first_names, second_names = set(old.keys()), set(new.keys())
     problems = [f"{name} is missing in the vanilla model" for name in first_names - second_names]
     problems += [f"{name} is only in the vanilla model" for name in second_names - first_names]
@@ -68,7 +69,8 @@ def _differences(old: safe_open, new: safe_open) -> list[str]:
 def _refuse(problems: list[str], previous: Path, vanilla: Path) -> None:
     if problems:
         raise CannotMerge(
-            f"{previous} and {vanilla} cannot be merged:\n" + "\n".join(f"  - {p}" for p in problems)
+            f"{previous} and {vanilla} cannot be merged:\n"
+            + "\n".join(f"  - {p}" for p in problems)
         )
 
 
@@ -83,5 +85,3 @@ def changed_tensors(before: Path, after: Path) -> list[str]:
             for name in sorted(old.keys())
             if not torch.equal(old.get_tensor(name), new.get_tensor(name))
         ]
-
-

@@ -23,9 +23,7 @@ def realign_only(planner: Planner, order: Sequence[str]) -> list[Stage]:
     return _grow(planner, order, merges=False, realigns=True)
 
 
-def _grow(
-    planner: Planner, order: Sequence[str], *, merges: bool, realigns: bool
-) -> list[Stage]:
+def _grow(planner: Planner, order: Sequence[str], *, merges: bool, realigns: bool) -> list[Stage]:
     model, stages = start(planner), []
     for index, modality in enumerate(order, start=1):
         vanilla = add_modality(planner, model, modality, index)

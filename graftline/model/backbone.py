@@ -165,7 +165,9 @@ def load_backbone(
             shape, or a weight is not finite; names the key.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # loading takes less than a second; steps have bars of their own
     folder = Path(folder)
     auto: Any = AutoModelForCausalLM
     try:

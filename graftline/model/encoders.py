@@ -28,13 +28,24 @@ class Encoder(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name in recipes."""
+        ...
+
     @property
-    def tokens(self) -> int: ...
+    def tokens(self) -> int:
+        """Tokens a medium becomes."""
+        ...
+
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """Width of a token."""
+        ...
+
     @property
-    def sha256(self) -> str: ...
+    def sha256(self) -> str:
+        """Identity of weights and settings."""
+        ...
 
     def encode(self, media: Sequence[np.ndarray]) -> torch.Tensor:
         """Encode decoded media.

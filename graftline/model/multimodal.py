@@ -106,7 +106,7 @@ class MultimodalModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the backbone lies."""
-        return next(self.backbone.parameters()).device
+        return torch.device(next(self.backbone.parameters()).device)
 
     def embed(self, batch: Batch) -> Tensor:
         """Input embeddings (batch, length, width) with the media at their places."""
@@ -119,7 +119,9 @@ class MultimodalModel(nn.Module):
                 raise GraftlineError(f"This model has no connector for {modality}.")
             vectors = self.connectors[modality](features)
             places = batch.modality_ids == self.modality_numbers[modality]
-            embeddings = embeddings.masked_scatter(places.unsqueeze(-1), vectors.to(embeddings.dtype))
+            embeddings = embeddings.masked_scatter(
+                places.unsqueeze(-1), vectors.to(embeddings.dtype)
+            )
         return embeddings
 
     def forward(self, batch: Batch) -> Tensor:

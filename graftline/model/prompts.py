@@ -49,7 +49,9 @@ class PromptEncoder:
         self, tokenizer: Any, media_tokens: Mapping[str, int], system_prompt: str = ""
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
-            raise GraftlineError("The backbone's tokenizer has no chat template; Graftline needs one.")
+            raise GraftlineError(
+                "The backbone's tokenizer has no chat template; Graftline needs one."
+            )
         if tokenizer.eos_token_id is None:
             raise GraftlineError("The backbone's tokenizer has no end-of-sequence token.")
         self.tokenizer = tokenizer
@@ -60,9 +62,7 @@ class PromptEncoder:
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
 
-    def encode(
-        self, parts: Sequence[MediaSlot | str], answer: str | None = None
-    ) -> EncodedPrompt:
+    def encode(self, parts: Sequence[MediaSlot | str], answer: str | None = None) -> EncodedPrompt:
         """Encodes one user turn, and the assistant's answer to it if given.
 
         Args:
@@ -92,7 +92,9 @@ class PromptEncoder:
             return self.media_tokens[modality]
         except KeyError:
             known = ", ".join(sorted(self.media_tokens)) or "none"
-            raise GraftlineError(f"This model has no connector for {modality} (it has: {known}).") from None
+            raise GraftlineError(
+                f"This model has no connector for {modality} (it has: {known})."
+            ) from None
 
     def _pieces(self, parts: Sequence[MediaSlot | str]) -> list[MediaSlot | list[int]]:
         system = [self.system_prompt] if self.system_prompt else []

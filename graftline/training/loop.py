@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from graftline.durable import fsync_tree, publish_folder, temporary_sibling

@@ -15,7 +15,7 @@ def wrap_lora(model: MultimodalModel, settings: LoraSettings, seed: int) -> None
 
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft only divides by the rank
         lora_dropout=0.0,
         bias="none",
         target_modules="all-linear",

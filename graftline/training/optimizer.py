@@ -42,7 +42,9 @@ class MasterAdamW:
         self.clip_norm = clip_norm
         self._flats = [_flatten(group.parameters) for group in self.groups]
         self._gradients = [torch.zeros_like(flat) for flat in self._flats]
-        self._masters = [flat if flat.dtype == torch.float32 else flat.float() for flat in self._flats]
+        self._masters = [
+            flat if flat.dtype == torch.float32 else flat.float() for flat in self._flats
+        ]
         for group, gradient in zip(self.groups, self._gradients, strict=True):
             _view_gradients(group.parameters, gradient)
         self._means = [torch.zeros_like(master) for master in self._masters]

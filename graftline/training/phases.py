@@ -161,9 +161,7 @@ def _answer_embeddings(loaded: LoadedModel, examples: ExampleSet) -> Tensor:
 
 
 def _examples(call: Call, loaded: LoadedModel, modalities: Sequence[str]) -> list[ExampleSet]:
-    return [
-        ExampleSet(call.features[name], name, "train", loaded.prompts) for name in modalities
-    ]
+    return [ExampleSet(call.features[name], name, "train", loaded.prompts) for name in modalities]
 
 
 def _run(

@@ -71,15 +71,47 @@ def no_build(_: Path) -> None:
 # --- killed at every boundary ----------------------------------------------------------------
 
 # Every write that `killed_writer.py` does, in order. The last part is the file's name.
-BOUNDARIES = """
-mkdir:root fsync:stores mkdir:.locks fsync:root open:merge-f1.holder write:merge-f1.holder
-mkdir:.work fsync:root mkdir:merge-f1 fsync:.work open:.tmp-state.json write:.tmp-state.json
-fsync:.tmp-state.json replace:.tmp-state.json fsync:merge-f1 unlink:.tmp-state.json mkdir:merge
-fsync:root mkdir:.tmp-f1 mkdir:weights open:a.bin write:a.bin open:b.bin write:b.bin fsync:a.bin
-fsync:weights fsync:b.bin fsync:.tmp-f1 open:manifest.json write:manifest.json fsync:manifest.json
-fsync:.tmp-f1 rename:.tmp-f1 fsync:merge unlink:.tmp-f1 rename:merge-f1 unlink:state.json
-rmdir:.tmp-merge-f1 unlink:merge-f1.holder
-""".split()
+BOUNDARIES = [
+    "mkdir:root",
+    "fsync:stores",
+    "mkdir:.locks",
+    "fsync:root",
+    "open:merge-f1.holder",
+    "write:merge-f1.holder",
+    "mkdir:.work",
+    "fsync:root",
+    "mkdir:merge-f1",
+    "fsync:.work",
+    "open:.tmp-state.json",
+    "write:.tmp-state.json",
+    "fsync:.tmp-state.json",
+    "replace:.tmp-state.json",
+    "fsync:merge-f1",
+    "unlink:.tmp-state.json",
+    "mkdir:merge",
+    "fsync:root",
+    "mkdir:.tmp-f1",
+    "mkdir:weights",
+    "open:a.bin",
+    "write:a.bin",
+    "open:b.bin",
+    "write:b.bin",
+    "fsync:a.bin",
+    "fsync:weights",
+    "fsync:b.bin",
+    "fsync:.tmp-f1",
+    "open:manifest.json",
+    "write:manifest.json",
+    "fsync:manifest.json",
+    "fsync:.tmp-f1",
+    "rename:.tmp-f1",
+    "fsync:merge",
+    "unlink:.tmp-f1",
+    "rename:merge-f1",
+    "unlink:state.json",
+    "rmdir:.tmp-merge-f1",
+    "unlink:merge-f1.holder",
+]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +187,8 @@ def test_of_two_writers_one_builds_and_the_other_reuses(tmp_path: Path) -> None:
     (builder,) = [path.name for path in built.iterdir()]
     assert [lines[-1] for lines in outputs] == [builder, builder]
     waited = [line for lines in outputs for line in lines[:-1]]
-    assert len(waited) == 1 and waited[0].startswith(f"process {builder} on ")
+    assert len(waited) == 1
+    assert waited[0].startswith(f"process {builder} on ")
     assert leftovers(tmp_path / "artifacts") == []
 
 
@@ -261,7 +294,8 @@ def test_sweep_removes_only_what_dead_writers_of_this_host_left(tmp_path: Path) 
     assert set(store.sweep()) == expected
     assert not any(path.exists() for path in expected)
     assert all((tmp_path / "merge" / name / "sub").exists() for name in kept_names)
-    assert state.exists() and store.find("merge", "f1") == kept_artifact
+    assert state.exists()
+    assert store.find("merge", "f1") == kept_artifact
     assert store.sweep() == []
 
 

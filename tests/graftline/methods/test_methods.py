@@ -1,0 +1,127 @@
+"""What each method asks for, seen in its plan; nothing is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from graftline.plan import Reference
+from graftline.recipe import load_recipe
+from graftline.run_plan import RunPlan, plan_run
+
+TINY = Path(__file__).parents[3] / "params" / "tiny.yaml"
+SPLITS = ("train", "validation", "test")
+FILES = {
+    name: {split: f"{name}-{split}" for split in SPLITS}
+    for name in ("image", "audio", "video", "point_cloud")
+}
+
+
+def plan(method: str, **changes: object) -> RunPlan:
+    return plan_run(load_recipe(TINY, {"method": method, **changes}), FILES)
+
+
+def kinds(run: RunPlan, kind: str) -> set[Reference]:
+    return {reference for reference in run.steps if reference.kind == kind}
+
+
+@pytest.mark.parametrize(
+    ("method", "fine_tunings", "merges", "realignings"),
+    [
+        ("mera", 7, 3, 9),  # 4 stages + 3 further experts; 2 + 3 + 4 connectors
+        ("merge-only", 7, 3, 0),
+        ("realign-only", 7, 0, 9),
+        ("finetune", 7, 0, 0),
+        ("connector-only", 8, 0, 0),  # 4 connectors and 4 experts
+        ("joint", 5, 0, 0),
+        ("experts", 4, 0, 0),
+    ],
+)
+def test_a_method_costs_what_it_says(
+    method: str, fine_tunings: int, merges: int, realignings: int
+) -> None:
+    run = plan(method)
+    assert len(kinds(run, "fine-tune")) == fine_tunings
+    assert len(kinds(run, "merge")) == merges
+    assert len(kinds(run, "realign")) == realignings
+
+
+def test_vanilla_starts_from_the_model_before_and_the_merge_comes_after() -> None:
+    run = plan("mera")
+    for before, stage in zip(run.stages, run.stages[1:], strict=False):
+        assert stage.vanilla is not None
+        vanilla = run.steps[stage.vanilla.backbone]
+        assert vanilla.kind == "fine-tune"
+        assert vanilla.parents["backbone"] == before.final.backbone
+        merge = run.steps[stage.final.backbone]
+        assert merge.kind == "merge"
+        assert merge.parameters["stage"] == stage.index
+        assert merge.parents["previous"] == before.final.backbone
+        assert merge.parents["vanilla"] == stage.vanilla.backbone
+        for modality, connector in stage.final.connectors.items():
+            realign = run.steps[connector]
+            assert realign.kind == "realign"
+            assert realign.parents["backbone"] == stage.final.backbone
+            assert f"features.{modality}" in realign.parents
+
+
+def test_methods_share_what_they_have_in_common() -> None:
+    mera, finetune = plan("mera"), plan("finetune")
+    shared = kinds(mera, "fine-tune") & kinds(finetune, "fine-tune")
+    assert len(shared) == 5  # stages 1 and 2, and the three further experts
+    one_percent = plan("mera", **{"replay.fraction": 0.01})
+    assert kinds(one_percent, "merge") == kinds(mera, "merge") == kinds(plan("merge-only"), "merge")
+    assert not kinds(one_percent, "realign") & kinds(mera, "realign")
+
+
+def test_a_later_modality_does_not_change_an_earlier_stage() -> None:
+    first = plan("mera", order=["image", "audio", "video", "point_cloud"])
+    second = plan("mera", order=["image", "audio", "point_cloud", "video"])
+    assert first.stages[1].final == second.stages[1].final
+    assert first.stages[2].final != second.stages[2].final
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({"evaluation.max_new_tokens": 5}, {"fine-tune", "merge", "realign", "align"}),
+        ({"fine_tune.checkpoint_every": 7}, {"fine-tune", "merge", "realign", "evaluate"}),
+        ({"execution.slots": 3}, {"fine-tune", "evaluate"}),
+        ({"realign.steps": 5}, {"fine-tune", "merge", "align"}),
+        ({"seed": 7}, {"backbone", "features"}),
+    ],
+)
+def test_only_what_depends_on_a_parameter_is_new(change: dict[str, object], kept: set[str]) -> None:
+    before, after = plan("mera"), plan("mera", **change)
+    for kind in ("backbone", "features", "align", "fine-tune", "merge", "realign", "evaluate"):
+        same = kinds(before, kind) == kinds(after, kind)
+        assert same or kind not in kept, kind
+    assert before.steps.keys() == after.steps.keys() or kinds(before, "evaluate") != kinds(
+        after, "evaluate"
+    )
+
+
+def test_other_data_is_other_features() -> None:
+    other = {**FILES, "audio": {**FILES["audio"], "test": "changed"}}
+    before = plan("mera")
+    after = plan_run(load_recipe(TINY, {"method": "mera"}), other)
+    assert len(kinds(before, "features") & kinds(after, "features")) == 3
+
+
+def test_parents_come_before_children() -> None:
+    seen: set[Reference] = set()
+    for reference, step in plan("mera").steps.items():
+        assert set(step.parents.values()) <= seen, step.label
+        seen.add(reference)
+
+
+def test_every_score_that_the_gains_need_is_planned() -> None:
+    run = plan("mera")
+    points = {(score.point, score.stage, score.modality) for score in run.scores}
+    order = run.recipe.order
+    for index, modality in enumerate(order, start=1):
+        assert ("vanilla", index, modality) in points
+        assert ("expert", 0, modality) in points
+        for earlier in order[:index]:
+            assert ("final", index, earlier) in points

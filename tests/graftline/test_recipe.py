@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from graftline.recipe import Recipe, RecipeError, load_recipe, parse_override
+
+PARAMS = Path(__file__).parents[2] / "params"
+
+
+@pytest.mark.parametrize("path", sorted(PARAMS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_that_are_shipped_are_valid(path: Path) -> None:
+    assert load_recipe(path).order == ("image", "audio", "video", "point_cloud")
+
+
+@pytest.fixture
+def recipe_with(tmp_path: Path):
+    def write(**changes: object) -> Path:
+        content = yaml.safe_load((PARAMS / "tiny.yaml").read_text())
+        content.update(changes)
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def test_all_problems_are_listed_at_once_with_nearest_names(recipe_with) -> None:
+    path = recipe_with(method="mira", replai={"fraction": 0.1}, seed=-1, replay={"fraction": 2})
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "did you mean 'mera'" in message
+    assert "did you mean 'replay'" in message
+    assert "seed" in message
+    assert "replay.fraction" in message
+    assert message.startswith(f"{path}: 4 problem(s)")
+
+
+def test_unknown_key_inside_a_part_names_its_neighbour(recipe_with) -> None:
+    path = recipe_with(align={"stepz": 3, "steps": 3, "learning_rate": 1e-3})
+    with pytest.raises(RecipeError, match=r"align.stepz: unknown key; did you mean 'steps'"):
+        load_recipe(path)
+
+
+def test_order_must_name_described_modalities_once(recipe_with) -> None:
+    with pytest.raises(RecipeError, match="image more than once"):
+        load_recipe(recipe_with(order=["image", "image"]))
+    with pytest.raises(RecipeError, match="which modalities does not describe"):
+        load_recipe(recipe_with(modalities={"image": {"encoder": "efficientnet-lite0"}}))
+
+
+def test_overrides_win_and_are_checked_too() -> None:
+    recipe = load_recipe(PARAMS / "tiny.yaml", {"replay.fraction": 0.01, "seed": 5})
+    assert (recipe.replay.fraction, recipe.seed) == (0.01, 5)
+    with pytest.raises(RecipeError, match="replay.fracton.*fraction"):
+        load_recipe(PARAMS / "tiny.yaml", {"replay.fracton": 0.01})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a.b=1", ("a.b", 1)), ("x=[1, 2]", ("x", [1, 2])), ("m=mera", ("m", "mera"))],
+)
+def test_overrides_are_read_as_yaml(text: str, expected: tuple[str, object]) -> None:
+    assert parse_override(text) == expected
+
+
+@pytest.mark.parametrize("text", ["novalue", "=3", "a=[1"])
+def test_bad_overrides_say_what_to_write(text: str) -> None:
+    with pytest.raises(RecipeError, match="--set"):
+        parse_override(text)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "nothing.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(RecipeError, match="not readable as YAML"):
+        load_recipe(broken)
+
+
+def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:
+    recipe: Recipe = load_recipe(PARAMS / "tiny.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 1

@@ -1,0 +1,70 @@
+"""Runs one phase on the tiny model; dies by SIGKILL before a given step if asked to.
+
+Arguments: phase, backbone folder, features folder, connector folder, work folder, out folder,
+step to die before (-1: never).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from graftline.model.backbone import load_backbone
+from graftline.recipe import LoraSettings, PhaseSettings
+from graftline.training import loop, phases
+
+SETTINGS = PhaseSettings(steps=9, batch_size=4, learning_rate=1e-3, checkpoint_every=2)
+
+
+def run(phase: str, folders: list[Path], die_before: int) -> None:
+    backbone, features, connector, work, out = folders
+    work.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True)
+    dtype = torch.bfloat16 if phase != "align" else torch.float32
+    call = phases.Call(
+        backbone=load_backbone(backbone, dtype, "eager"),
+        backbone_fingerprint="base",
+        features={"image": features},
+        system_prompt="",
+        seed=3,
+        work=work,
+        out=out,
+        label=phase,
+    )
+    if die_before >= 0:
+        _die_before(die_before)
+    if phase == "align":
+        phases.align(call, SETTINGS, "image", {"tokens": 2, "hidden": 16})
+    elif phase == "realign":
+        phases.realign(call, SETTINGS, "image", connector, 0.25)
+    else:
+        phases.fine_tune(
+            call,
+            SETTINGS,
+            {"image": connector},
+            mode=phase,
+            lora=LoraSettings(rank=4, alpha=4),
+            connector_learning_rate=1e-3,
+            train_embeddings=False,
+            result_fingerprint="tuned",
+        )
+
+
+def _die_before(step: int) -> None:
+    original = loop.rate_factor
+
+    def rate_factor(now: int, settings: PhaseSettings) -> float:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(now, settings)
+
+    loop.rate_factor = rate_factor
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(sys.argv[1], [Path(name) for name in sys.argv[2:7]], int(sys.argv[7]))
