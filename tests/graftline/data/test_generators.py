@@ -39,10 +39,12 @@ def test_rows_are_well_formed(built: Path, modality: str) -> None:
             assert row["task"] == TASKS[index % 2]
             assert decode(row["media"], modality).shape == SHAPE[modality]
             if row["task"] == "question":
-                assert (row["question"], len(row["answers"])) == (wording.QUESTION, 1)
+                asked = wording.DIRECTION_QUESTION if modality == "video" else wording.QUESTION
+                assert (row["question"], len(row["answers"])) == (asked, 1)
             else:
-                assert (row["question"], len(row["answers"])) == (wording.CAPTION, 3)
-                assert all(6 <= len(caption.split()) <= 10 for caption in row["answers"])
+                assert (row["question"], len(row["answers"])) == (wording.CAPTION, 2)
+                # fewer than four words could not reach a full CIDEr-D
+                assert all(4 <= len(caption.split()) <= 8 for caption in row["answers"])
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
@@ -142,8 +144,8 @@ def test_eighty_pairs_hold_every_digit_and_direction() -> None:
 
 
 def test_video_question_can_be_switched() -> None:
-    both = videos.generate({"train": 2}, 0)["train"][0]
-    alone = videos.generate({"train": 2}, 0, question="direction")["train"][0]
+    both = videos.generate({"train": 2}, 0, question="digit and direction")["train"][0]
+    alone = videos.generate({"train": 2}, 0)["train"][0]
     assert (both.question, both.answers) == ("What is this?", ["zero moving left"])
     assert (alone.question, alone.answers) == ("Where does it go?", ["left"])
     assert both.media == alone.media
