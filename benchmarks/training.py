@@ -33,6 +33,7 @@ from graftline.recipe import Recipe, load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
 from graftline.training.optimizer import MasterAdamW, ParameterGroup
+from tasks.data import by_modality
 
 WARM_UP = 2
 
@@ -72,11 +73,7 @@ def main() -> None:
 
 
 def _artifacts(recipe: Recipe, modality: str) -> tuple[Path, Path]:
-    files: dict[str, dict[str, str]] = {}
-    for name, md5 in checksums(Path(recipe.data.folder)).items():
-        owner, split = name.removesuffix(".parquet").split("/")
-        files.setdefault(owner, {})[split] = md5
-    plan = plan_run(recipe, files)
+    plan = plan_run(recipe, by_modality(checksums(Path(recipe.data.folder))))
     store = Store(recipe.store)
     found = {}
     for reference, step in plan.steps.items():

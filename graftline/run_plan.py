@@ -65,7 +65,7 @@ def plan_run(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> Run
         scores.append(_score(planner, expert(planner, modality), modality, "expert", 0, modality))
     last = stages[-1].final.backbone if stages else base
     perplexity["after"] = planner.perplexity(last, len(recipe.order))
-    return RunPlan(recipe, stages, tuple(scores), perplexity, _ordered(planner.steps))
+    return RunPlan(recipe, stages, tuple(scores), perplexity, dict(planner.steps))
 
 
 def _stage_scores(planner: Planner, stage: Stage) -> list[PlannedScore]:
@@ -99,8 +99,3 @@ def _score(
 ) -> PlannedScore:
     reference = planner.evaluate(model, modality, stage, point)
     return PlannedScore(stage, stage_modality, modality, point, reference)
-
-
-def _ordered(steps: Mapping[Reference, Step]) -> dict[Reference, Step]:
-    """Steps in the order in which they were asked for, which puts parents before children."""
-    return dict(steps)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 RUNNER = Path(__file__).with_name("phase_runner.py")
@@ -31,9 +32,7 @@ def aligned(tiny_folder: Path, features_folder: Path, tmp_path_factory) -> Path:
 
 def _weights(out: Path) -> dict[str, bytes]:
     return {
-        f"{path.relative_to(out)}:{name}": value.contiguous().view(-1).numpy().tobytes()
-        if value.dtype.itemsize != 2
-        else value.contiguous().view(-1).view(dtype=__import__("torch").int16).numpy().tobytes()
+        f"{path.relative_to(out)}:{name}": value.flatten().view(torch.uint8).numpy().tobytes()
         for path in sorted(out.rglob("*.safetensors"))
         for name, value in load_file(path).items()
     }
