@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,8 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from graftline.errors import GraftlineError  # noqa: E402
-from tasks.interruption import remember_signals, requested  # noqa: E402
+from tasks.interruption import stop_on_signals  # noqa: E402
+from tasks.server import UI_PORT  # noqa: E402
 
 if TYPE_CHECKING:
     from graftline.recipe import Recipe
@@ -96,7 +96,9 @@ def show(
 @app.command()
 def ui(
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI; 0: a free one.")] = 5000,
-    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect UI; 0: any free.")] = 4200,
+    prefect_port: Annotated[
+        int, typer.Option(help="Port of the Prefect UI; 0: any free.")
+    ] = UI_PORT,
 ) -> None:
     """Start the MLflow UI and the Prefect UI on loopback, until Ctrl-C."""
     from tasks.ui import serve_both
@@ -142,7 +144,7 @@ def data_verify(
 
 def main() -> None:
     """Entry point of `graftline`: errors without traceback, honest exit codes."""
-    remember_signals()
+    stop_on_signals()
     logging.getLogger("graftline.store").setLevel(logging.INFO)
     logging.getLogger("graftline.store").addHandler(_ToConsole())
     logging.getLogger("tasks").setLevel(logging.INFO)
@@ -153,21 +155,10 @@ def main() -> None:
 def _guard(command: Callable[[], Any]) -> NoReturn:
     try:
         command()
-    except BaseException as error:
-        if requested() is not None:
-            _stopped()
-        if isinstance(error, GraftlineError):
-            console.print(f"[bold red]Error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
-            sys.exit(EXIT_FAILED)
-        raise
+    except GraftlineError as error:
+        console.print(f"[bold red]Error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        sys.exit(EXIT_FAILED)
     sys.exit(0)
-
-
-def _stopped() -> NoReturn:
-    """Says that the run was stopped by a signal, and exits as shells expect it."""
-    console.print("Stopped. What is finished is kept: the same command goes on from there.")
-    sys.stderr.flush()
-    sys.exit(128 + (requested() or signal.SIGINT))
 
 
 def _plain(error: GraftlineError) -> str:

@@ -16,12 +16,12 @@ from graftline.plan import Reference
 from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
-from tasks.interruption import stoppable
+from tasks.interruption import closed_when_stopped
 from tasks.preflight import check_disk, check_store
 from tasks.records import recorded_run
 from tasks.references import DataVersion, Place
 from tasks.report import record_stage, register_model, write_run_report
-from tasks.stale import close_dead_runs
+from tasks.stale import close_dead_runs, close_own_run
 from tasks.steps import TASKS, by_stage, scores_of_stage, unfinished
 from tasks.tracking import tag_run, tracked_run
 
@@ -42,7 +42,10 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
     close_dead_runs(recipe.store)
     Store(recipe.store).sweep()
     started = time.monotonic()
-    with stoppable(), recorded_run(recipe.store) as record:
+    with (
+        recorded_run(recipe.store) as record,
+        closed_when_stopped(lambda: close_own_run(record)),
+    ):
         flow_id = str(flow_run.id)
         record.note(prefect_flow_run=flow_id)
         data = version_data(recipe.data.folder, recipe.store)

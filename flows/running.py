@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tasks.interruption import raise_if_requested
 from tasks.server import Server
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ def run_recipe(path: str, recipe: Recipe, overrides: Mapping[str, Any], console:
 
             server.wait()
             _quiet()
-            raise_if_requested()
         name = f"{recipe.name} {recipe.method} seed {recipe.seed}"
         try:
             with shown(console):

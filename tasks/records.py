@@ -20,16 +20,25 @@ from graftline.durable import atomic_write_text
 
 
 class RunRecord:
-    """The record of this process's run, while it lasts."""
+    """The record of this process's run, while it lasts.
+
+    Attributes:
+        content: what is known of the run so far.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._content: dict[str, str | int] = {"pid": os.getpid(), "host": socket.gethostname()}
+        self.content: dict[str, str | int] = {"pid": os.getpid(), "host": socket.gethostname()}
 
     def note(self, **content: str) -> None:
         """Adds to the record, e.g. `mlflow_run=...`; durable on return."""
-        self._content.update(content)
-        atomic_write_text(self._path, json.dumps(self._content))
+        self.content.update(content)
+        atomic_write_text(self._path, json.dumps(self.content))
+
+    def remove(self) -> None:
+        """Forgets the run, which has ended."""
+        self._path.unlink(missing_ok=True)
+        self._path.with_suffix(".lock").unlink(missing_ok=True)
 
 
 @contextmanager
@@ -45,8 +54,7 @@ def recorded_run(store: Path | str) -> Iterator[RunRecord]:
         try:
             yield record
         finally:
-            path.unlink(missing_ok=True)
-            path.with_suffix(".lock").unlink(missing_ok=True)
+            record.remove()
 
 
 def dead_runs(store: Path | str) -> Iterator[Mapping[str, str | int]]:

@@ -21,6 +21,8 @@ from graftline.errors import GraftlineError
 from tasks.supervised import start_child, stop_child, when_parent_ends
 
 HOME = Path(".prefect")
+UI_PORT = 4200
+"""Where `graftline ui` serves Prefect's pages unless told otherwise."""
 _START_SECONDS = 90.0
 _QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -86,6 +88,8 @@ class Server:
             self.port = int(self._line())
             self.url = f"http://127.0.0.1:{self.port}/api"
             os.environ["PREFECT_API_URL"] = self.url
+            # This server ends with the run; the links that it writes are for `graftline ui`.
+            os.environ.setdefault("PREFECT_UI_URL", f"http://127.0.0.1:{UI_PORT}")
         return self
 
     def __exit__(

@@ -24,7 +24,6 @@ from graftline.plan import CODE, Reference, Step
 from graftline.run_plan import PlannedScore, RunPlan
 from graftline.store import Store
 from tasks import tracking
-from tasks.interruption import interruptible
 from tasks.references import Place
 
 SLOTS_VARIABLE = "GRAFTLINE_CONCURRENCY_LIMIT"
@@ -55,7 +54,7 @@ def _may_retry(_task: Any, _run: Any, state: Any) -> bool:
 def carry_out(step: Step, place: Place) -> Reference:
     """Carries one step out and records it; returns where the result lies."""
     store = Store(place.store)
-    with interruptible(), _slot(step.kind):
+    with _slot(step.kind):
         reused = store.folder(step.kind, step.reference.fingerprint).exists()
         artifact = execute(step, store, Machine(Path(place.data_folder), place.device))
         if place.tracked is not None:

@@ -1,19 +1,19 @@
-"""Children that end with their parent, records of dead runs, interrupting threads."""
+"""Children that end with their parent, records of dead runs, ending by a signal."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from graftline.durable import process_runs
-from tasks.interruption import interrupt_threads, interruptible, stoppable
+from tasks.interruption import MESSAGE
 from tasks.records import dead_runs, recorded_run
 from tasks.server import configured_url
 from tasks.supervised import start_child, stop_child
@@ -82,29 +82,51 @@ def test_records_of_dead_runs_are_handed_out_once(tmp_path):
     assert list(dead_runs(tmp_path)) == []
 
 
-def test_computing_threads_are_interrupted():
-    ended = threading.Event()
-    started = threading.Event()
+STOPPED = """
+import sys, threading, time
+from tasks.interruption import closed_when_stopped
+def compute():
+    while True:
+        time.sleep(0.01)
+threading.Thread(target=compute).start()  # not a daemon: it would keep the process alive
+with closed_when_stopped(lambda: print("books closed", flush=True)):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
 
-    def compute() -> None:
-        try:
-            with interruptible():
-                started.set()
-                while True:
-                    time.sleep(0.01)
-        except KeyboardInterrupt:
-            ended.set()
 
-    with stoppable():
-        thread = threading.Thread(target=compute, daemon=True)
-        thread.start()
-        assert started.wait(5)
-        interrupt_threads()
-        assert ended.wait(5)
-        with pytest.raises(KeyboardInterrupt), interruptible():
-            pass
-    with stoppable(), interruptible():  # a later run is not affected
-        pass
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_process_whose_threads_compute(number):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", STOPPED],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(number)
+    output, errors = child.communicate(timeout=30)
+    assert child.returncode == 128 + number
+    assert output == "books closed\n"
+    assert MESSAGE in errors
+    assert "Traceback" not in errors
+
+
+def test_books_that_do_not_close_do_not_hold_the_process():
+    code = STOPPED.replace('print("books closed", flush=True)', "time.sleep(60)")
+    code = "import tasks.interruption as i; i._BOOKS_SECONDS = 0.2\n" + code
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.terminate()
+    child.communicate(timeout=30)
+    assert child.returncode == 128 + signal.SIGTERM
 
 
 def test_configured_server_wins(tmp_path, monkeypatch):
