@@ -81,6 +81,12 @@ def publish_folder(temporary: Path, target: Path) -> None:
         rename_new(temporary, target)
 
 
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, as 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def fsync_folder(folder: Path) -> None:
     """Force a folder's entries (names made, renamed or removed in it) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +139,9 @@ def _features(work: Work) -> None:
         if limit is not None:
             rows = rows.select(range(min(limit, len(rows))))
         with track(f"{modality}: features of {split}", len(rows)) as advance:
-
-            def progress(_what: str, done: int, _total: int, last: list[int] = [0]) -> None:  # noqa: B006
-                for _ in range(done - last[0]):
-                    advance("")
-                last[0] = done
-
-            compute_features(rows, modality, encoder, work.out / split, progress=progress)
+            compute_features(
+                rows, modality, encoder, work.out / split, progress=partial(advance, "")
+            )
         text = rows.select_columns(["id", "task", "question", "answers"]).to_list()
         pq.write_table(pa.Table.from_pylist(text), work.out / split / ROWS)
 

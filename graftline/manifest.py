@@ -12,7 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from graftline.durable import fsync_folder, fsync_tree, raise_error, write_synced
+from graftline.durable import (
+    file_sha256,
+    fsync_folder,
+    fsync_tree,
+    raise_error,
+    write_synced,
+)
 from graftline.errors import GraftlineError
 
 MANIFEST = "manifest.json"
@@ -98,7 +104,7 @@ def seal(folder: Path, step: Mapping[str, Any]) -> None:
     files: dict[str, dict[str, Any]] = {}
     for name, status in present.items():
         path = folder / name
-        files[name] = {"sha256": _sha256(path), "size": status.st_size}
+        files[name] = {"sha256": file_sha256(path), "size": status.st_size}
         if path.suffix == ".safetensors":
             try:
                 files[name]["tensors"] = _tensors(path)
@@ -185,7 +191,7 @@ def _verify_hashes(
     if _verified.get(key) == seen:
         return
     for name, entry in expected.items():
-        if _sha256(folder / name) != entry["sha256"]:
+        if file_sha256(folder / name) != entry["sha256"]:
             wrong = "its content differs from the manifest (sha256)"
             raise CorruptArtifact(folder / name, wrong, folder)
     newest = max(max(status.st_mtime_ns, status.st_ctime_ns) for status in present.values())
@@ -228,11 +234,6 @@ def _files(folder: Path) -> dict[str, os.stat_result]:
             path = Path(where, name)
             found[path.relative_to(folder).as_posix()] = path.lstat()
     return dict(sorted(found.items()))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

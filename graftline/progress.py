@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -15,7 +16,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-Advance = Callable[[str], None]
+
+class Advance(Protocol):
+    """Reports rounds that are done."""
+
+    def __call__(self, note: str = "", rounds: int = 1) -> None:
+        """Reports `rounds` more rounds, and says `note` beside the bar."""
+
+
 _shown: list[Progress] = []
 
 
@@ -48,13 +56,13 @@ def track(label: str, total: int, done: int = 0) -> Iterator[Advance]:
         A function to call after each round with a short note (may be empty).
     """
     if not _shown:
-        yield lambda note: None
+        yield lambda note="", rounds=1: None
         return
     progress = _shown[-1]
     task = progress.add_task(label, total=total, completed=done, note="")
 
-    def advance(note: str) -> None:
-        progress.update(task, advance=1, note=note)
+    def advance(note: str = "", rounds: int = 1) -> None:
+        progress.update(task, advance=rounds, note=note)
 
     try:
         yield advance

@@ -110,8 +110,7 @@ def bar() -> Iterator[Progress]:
             nonlocal moved
             if not bars:
                 bars.append(stack.enter_context(track(f"{what.split()[0]} data", total)))
-            for _ in range(done - moved):
-                bars[0](what)
+            bars[0](what, max(0, done - moved))
             moved = max(done, moved)
 
         yield update

@@ -20,7 +20,7 @@ from graftline.data.rows import decode
 from graftline.errors import GraftlineError
 from graftline.model.encoders import Encoder
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int], None]
 """Called with what is being done, how much is done and how much there is."""
 
 TENSOR = "features"
@@ -73,7 +73,7 @@ def compute_features(
         encoder: the frozen encoder.
         out_folder: where to write; made if absent.
         batch: rows encoded together.
-        progress: called after each batch.
+        progress: called after each batch with the number of its rows.
 
     Raises:
         GraftlineError: a medium cannot be decoded or encoded, or its features are not finite; the
@@ -105,7 +105,7 @@ def compute_features(
             stream.write(features.contiguous().numpy().astype("<f2", copy=False).tobytes())
             ids += names
             if progress is not None:
-                progress(f"features {modality}", len(ids), total)
+                progress(len(names))
     description = {"encoder": encoder.name, "sha256": encoder.sha256, "ids": ids}
     (out_folder / ROWS_FILE).write_text(json.dumps(description), encoding="utf-8")
 

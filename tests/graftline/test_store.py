@@ -273,7 +273,7 @@ def test_an_unreadable_artifact_is_not_called_corrupt(
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     folder = publish(Store(tmp_path)).folder
-    monkeypatch.setattr(manifest_module, "_sha256", denied)
+    monkeypatch.setattr(manifest_module, "file_sha256", denied)
     with pytest.raises(GraftlineError, match=rf"{folder}/\S+: cannot be read.*readable") as caught:
         Store(tmp_path).find("merge", "f1")
     assert not isinstance(caught.value, CorruptArtifact)
@@ -372,7 +372,7 @@ def test_an_artifact_under_a_wrong_name_is_refused(tmp_path: Path) -> None:
 def test_hashes_are_remembered_until_a_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, hashed, original = Store(tmp_path), [], manifest_module._sha256
+    store, hashed, original = Store(tmp_path), [], manifest_module.file_sha256
 
     def counted(path: Path) -> str:
         hashed.append(path.name)
@@ -380,7 +380,7 @@ def test_hashes_are_remembered_until_a_file_changes(
 
     folder = publish(store).folder
     time.sleep(0.1)  # a file that changed just now is hashed again: time stamps are coarse
-    monkeypatch.setattr(manifest_module, "_sha256", counted)
+    monkeypatch.setattr(manifest_module, "file_sha256", counted)
     for _ in range(3):
         assert Store(tmp_path).find("merge", "f1") is not None
     assert sorted(hashed) == ["model.safetensors", "one.json", "two.json"]
