@@ -40,7 +40,6 @@ def make_row(
     source: str,
     question: tuple[str, str],
     captions: tuple[str, Sequence[str]],
-    rng: np.random.Generator,
 ) -> Row:
     """Make a row: even ones ask the question, odd ones for a caption.
 
@@ -51,8 +50,7 @@ def make_row(
         media: Encoded bytes.
         source: The raw material.
         question: Prompt and answer of the question.
-        captions: Prompt and reference captions; `rng` chooses which one is trained on.
-        rng: Random numbers of this row.
+        captions: Prompt and reference captions; the first one is trained on.
 
     Returns:
         The row.
@@ -61,8 +59,7 @@ def make_row(
     if task == "question":
         prompt, answers = question[0], [question[1]]
     else:
-        first = int(rng.integers(len(captions[1])))
-        prompt, answers = captions[0], [*captions[1][first:], *captions[1][:first]]
+        prompt, answers = captions[0], list(captions[1])
     return Row(f"{modality}-{split}-{index:05d}", media, task, prompt, answers, source)
 
 

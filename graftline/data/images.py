@@ -69,7 +69,5 @@ def generate(
             media = encode_png(paint(resize(picture, SIDE), ink, paper))
             question = (wording.QUESTION, wording.DIGITS[digit])
             captions = (wording.CAPTION, wording.image_captions(digit, ink, paper))
-            rows[split].append(
-                make_row("image", split, index, media, source, question, captions, rng)
-            )
+            rows[split].append(make_row("image", split, index, media, source, question, captions))
     return rows

@@ -86,7 +86,7 @@ def generate(
             )
             rows[split].append(
                 make_row(
-                    "point_cloud", split, index, encode_ply(points), source, question, captions, rng
+                    "point_cloud", split, index, encode_ply(points), source, question, captions
                 )
             )
     return rows

@@ -170,7 +170,5 @@ def generate(
             captions = (wording.CAPTION, wording.audio_captions(name, register, length))
             source = f"timgm6mb:program={PROGRAMS[name]}:key={key}"
             media = encode_wav(clip)
-            rows[split].append(
-                make_row("audio", split, index, media, source, question, captions, rng)
-            )
+            rows[split].append(make_row("audio", split, index, media, source, question, captions))
     return rows

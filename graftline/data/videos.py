@@ -101,5 +101,5 @@ def generate(
             media = encode_animated_png(frames, FRAME_MILLISECONDS)
             asked = wording.video_question(question, digit, direction)
             captions = (wording.CAPTION, wording.video_captions(digit, direction, speed))
-            rows[split].append(make_row("video", split, index, media, source, asked, captions, rng))
+            rows[split].append(make_row("video", split, index, media, source, asked, captions))
     return rows

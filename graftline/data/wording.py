@@ -26,7 +26,8 @@ SURFACES = ("smooth", "rough")
 
 def with_article(noun: str) -> str:
     """Return a noun with `a` or `an` before it."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    vowel = noun[0] in "aeiou" and not noun.startswith("one")
+    return f"{'an' if vowel else 'a'} {noun}"
 
 
 def sentence(text: str) -> str:

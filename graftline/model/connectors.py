@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+LINEAR_RANK = 64
+"""Width of the straight path: directions in which the answers' words may differ."""
+_FLATTEST = 0.1
+"""Smallest spread that a feature is divided by, as a share of the median feature's."""
+
 
 class MixerConnector(nn.Module):
-    """A two-layer perceptron over all tokens of one medium.
+    """A linear path and a two-layer perceptron, added, over all tokens of one medium.
 
     All encoder tokens are seen together, so a medium becomes few LLM tokens whatever the
     encoder's own count (as a resampler does), and a stage costs little. Features are standardised
@@ -19,7 +24,7 @@ class MixerConnector(nn.Module):
         encoder_tokens: tokens a medium has behind the encoder.
         encoder_width: features a token has.
         tokens: LLM input embeddings a medium becomes.
-        hidden: width of the hidden layer.
+        hidden: width of the perceptron's hidden layer.
         embedding_width: width of the LLM's input embeddings.
         embedding_scale: root mean square of the LLM's input embeddings.
     """
@@ -35,20 +40,26 @@ class MixerConnector(nn.Module):
     ) -> None:
         super().__init__()
         self.tokens, self.embedding_width = tokens, embedding_width
+        width = encoder_tokens * encoder_width
+        self.rank = min(LINEAR_RANK, width, tokens * embedding_width)
         self.mean: Tensor
         self.deviation: Tensor
-        self.register_buffer("mean", torch.zeros(encoder_tokens * encoder_width))
-        self.register_buffer("deviation", torch.ones(encoder_tokens * encoder_width))
-        self.expand = nn.Linear(encoder_tokens * encoder_width, hidden)
-        self.project = nn.Linear(hidden, tokens * embedding_width)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+        self.reduce = nn.Linear(width, self.rank)
+        self.expand = nn.Linear(width, hidden)
+        self.project = nn.Linear(self.rank + hidden, tokens * embedding_width)
         self.gain = nn.Parameter(torch.full((embedding_width,), float(embedding_scale)))
 
     def forward(self, features: Tensor) -> Tensor:
         """Maps features (batch, encoder tokens, width) to (batch, tokens, embedding width)."""
-        standard = (features.float().flatten(1) - self.mean) / self.deviation
-        hidden = nn.functional.gelu(self.expand(standard))
-        output = self.project(hidden).unflatten(1, (self.tokens, self.embedding_width))
+        standard = self._standard(features)
+        inner = torch.cat([self.reduce(standard), nn.functional.gelu(self.expand(standard))], -1)
+        output = self.project(inner).unflatten(1, (self.tokens, self.embedding_width))
         return nn.functional.rms_norm(output, (self.embedding_width,)) * self.gain
+
+    def _standard(self, features: Tensor) -> Tensor:
+        return (features.float().flatten(1) - self.mean) / self.deviation
 
     def reset(self, features: Tensor, seed: int) -> None:
         """Measures `features` (rows, tokens, width) and draws the weights from `seed` alone."""
@@ -56,34 +67,42 @@ class MixerConnector(nn.Module):
         self.mean.copy_(flat.mean(0))
         # A feature that hardly varies tells nothing; dividing by its spread would blow up noise.
         spread = flat.std(0)
-        self.deviation.copy_(spread.clamp(min=float(spread.median()) * 0.1 + 1e-6))
+        self.deviation.copy_(spread.clamp(min=float(spread.median()) * _FLATTEST + 1e-6))
         generator = torch.Generator().manual_seed(seed)
-        for layer in (self.expand, self.project):
+        for layer in (self.reduce, self.expand, self.project):
             bound = layer.in_features**-0.5
             with torch.no_grad():
                 weight = torch.empty(layer.weight.shape, dtype=torch.float32)
                 layer.weight.copy_(weight.uniform_(-bound, bound, generator=generator))
                 layer.bias.zero_()
 
-    def fit(self, features: Tensor, targets: Tensor, ridge: float) -> None:
-        """Sets the last layer in closed form, so that training starts from words [ours].
+    @torch.no_grad()
+    def fit(self, features: Tensor, targets: Tensor, centre: Tensor, ridge: float) -> None:
+        """Sets the linear path in closed form, so that training starts from words [ours].
 
-        A ridge regression from the hidden layer's random features (Rahimi & Recht, 2007) to
-        `targets`, the same for each of the medium's tokens; what all targets have in common is
-        left out, since it says nothing about the medium.
+        A ridge regression from the features to `targets`, around `centre`; its shrinkage is
+        undone, since direction tells words apart and length does not. The perceptron starts from
+        zero output.
 
         Args:
             features: (rows, encoder tokens, width).
-            targets: (rows, embedding width), for example what the answers' words embed to.
-            ridge: penalty as a share of the hidden features' mean square.
+            targets: (rows, tokens, embedding width) of mean zero: how what a token is to say
+                embeds, beside what it says of other media.
+            centre: (embedding width,): what all tokens have in common.
+            ridge: penalty as a share of the features' mean square.
         """
-        with torch.no_grad():
-            standard = (features.float().flatten(1) - self.mean) / self.deviation
-            hidden = nn.functional.gelu(self.expand(standard)).double()
-            centre, wanted = hidden.mean(0), targets.double() - targets.double().mean(0)
-            hidden = hidden - centre
-            gram = hidden.T @ hidden
-            gram += torch.eye(len(gram), dtype=gram.dtype) * ridge * gram.diagonal().mean()
-            solution = torch.linalg.solve(gram, hidden.T @ wanted)
-            self.project.weight.copy_(solution.T.repeat(self.tokens, 1))
-            self.project.bias.copy_(-(centre @ solution).repeat(self.tokens))
+        standard, wanted = self._standard(features).double(), targets.double()
+        gram = standard.T @ standard
+        gram += torch.eye(len(gram), dtype=gram.dtype) * ridge * gram.diagonal().mean()
+        solution = torch.linalg.solve(gram, standard.T @ wanted.flatten(1))
+        found = (standard @ solution).view_as(wanted)
+        shrinkage = found.norm(dim=-1).mean(0) / wanted.norm(dim=-1).mean(0).clamp(min=1e-9)
+        solution /= shrinkage.clamp(min=1e-3).repeat_interleave(self.embedding_width)
+        left, values, right = torch.linalg.svd(solution, full_matrices=False)
+        left, values, right = left[:, : self.rank], values[: self.rank], right[: self.rank]
+        spread = (standard @ left).std(0).clamp(min=1e-6)
+        self.reduce.weight.copy_((left / spread).T)
+        self.reduce.bias.zero_()
+        self.project.weight.zero_()
+        self.project.weight[:, : self.rank] = ((values * spread)[:, None] * right).T
+        self.project.bias.copy_(centre.repeat(self.tokens))

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from graftline.training.loop import History, train
 from graftline.training.lora import fold_lora, wrap_lora
 from graftline.training.optimizer import ParameterGroup
 
-RIDGE = 0.1
+RIDGE = 3.0
 """Penalty of the closed-form start of a connector, as a share of its features' mean square."""
 
 
@@ -74,7 +75,9 @@ def align(call: Call, settings: PhaseSettings, modality: str, shape: dict[str, i
     )
     loaded = assemble(call.backbone, [(record, connector)], call.system_prompt)
     examples = _examples(call, loaded, [modality])
-    connector.fit(features, _answer_embeddings(loaded, examples[0]), RIDGE)
+    table = loaded.model.backbone.get_input_embeddings().weight.detach().float().cpu()
+    words = _answer_words(table, examples[0], connector.tokens)
+    connector.fit(features, words, table.mean(0), RIDGE)
     rows = TrainingSet(examples, settings.batch_size, call.seed)
     _run(call, loaded, settings, rows, [_connector_group(loaded, modality, settings.learning_rate)])
     save_connector(call.out, record, connector)
@@ -153,11 +156,36 @@ def fine_tune(
         loaded.tokenizer.save_pretrained(call.out / "backbone")
 
 
-def _answer_embeddings(loaded: LoadedModel, examples: ExampleSet) -> Tensor:
-    """Mean input embedding of each row's answer: float32 (rows, embedding width)."""
-    table = loaded.model.backbone.get_input_embeddings().weight.detach().float().cpu()
-    answers = [examples.prompt(row, True).answer_ids[:-1] for row in range(len(examples))]
-    return torch.stack([table[list(token_ids)].mean(0) for token_ids in answers])
+def _answer_words(table: Tensor, examples: ExampleSet, parts: int) -> Tensor:
+    """How each part of a row's answer differs from other answers to the same question.
+
+    Args:
+        table: float32 (vocabulary, embedding width), the backbone's input embeddings.
+        examples: the rows.
+        parts: how many parts an answer is cut into, in reading order; the parts of an answer that
+            is shorter than that repeat its tokens.
+
+    Returns:
+        float32 (rows, parts, embedding width): mean embedding of a part's tokens, less the mean
+        of that over the rows that ask the same.
+    """
+    words = torch.stack(
+        [
+            torch.stack([table[part].mean(0) for part in _cut(answer.answer_ids[:-1], parts)])
+            for answer in (examples.prompt(row, True) for row in range(len(examples)))
+        ]
+    )
+    for question in {row["question"] for row in examples.rows}:
+        same = torch.tensor([row["question"] == question for row in examples.rows])
+        words[same] -= words[same].mean(0)
+    return words
+
+
+def _cut(token_ids: Sequence[int], parts: int) -> list[list[int]]:
+    """Parts of nearly equal length, none of them empty."""
+    count = len(token_ids)
+    edges = [part * count // parts for part in range(parts + 1)]
+    return [list(token_ids[start : max(end, start + 1)]) for start, end in pairwise(edges)]
 
 
 def _examples(call: Call, loaded: LoadedModel, modalities: Sequence[str]) -> list[ExampleSet]:
