@@ -1,0 +1,255 @@
+"""Building the result of a merge: statistics, then one walk over all weights, then the rest."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from graftline.durable import write_synced
+from graftline.merging.checkpoints import DTYPES, INDEX, SINGLE
+from graftline.merging.companions import CARD, FORMAT, RECORD, card, copy_companions
+from graftline.merging.compatibility import CannotMergeCheckpoints, Job, Plan
+from graftline.merging.core import (
+    Block,
+    Context,
+    Merged,
+    MergeParameters,
+    Rule,
+    Statistics,
+    added,
+    rounded_once,
+)
+from graftline.merging.masks import metadata
+from graftline.merging.reading import BLOCK, ReadAhead, Segment
+from graftline.merging.writing import Stored, Writing, header, split
+from graftline.progress import track
+
+SHARD_BYTES = 5_000_000_000
+_WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+_EVERYWHERE = "all tensors"  # whose statistics: of a global scope
+
+Bits = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What is to be merged.
+
+    Attributes:
+        rule: a name in `rules.RULES`.
+        base: folder of theta_0.
+        experts: folders, in the order that per-expert parameters follow.
+        out: folder to make.
+        parameters: of the rule; what is left out keeps the paper's default.
+        keep: prefix of tensor names -> folder they are taken from unchanged; None: the base.
+        seed: of DARE's random choices.
+        shard_bytes: most weight bytes in a file of the result.
+    """
+
+    rule: str
+    base: Path
+    experts: tuple[Path, ...]
+    out: Path
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    keep: Mapping[str, Path | None] = field(default_factory=dict)
+    seed: int = 0
+    shard_bytes: int = SHARD_BYTES
+
+
+class Building:
+    """One merge while it runs.
+
+    Args:
+        request: what was asked for.
+        rule: the rule of that name.
+        parameters: its parameters, checked.
+        plan: what becomes of each tensor.
+    """
+
+    def __init__(
+        self, request: MergeRequest, rule: Rule, parameters: MergeParameters, plan: Plan
+    ) -> None:
+        self.request = request
+        self._rule = rule
+        self._parameters = parameters
+        self._plan = plan
+        self._ill: dict[str, None] = {}  # in the order found
+        self._scales: dict[str, list[float]] = {}
+        self._known: dict[str, Statistics] = {}
+
+    def build(self, folder: Path, asked: Mapping[str, Any]) -> None:
+        """Fills the folder: weights, companions and index first, the record last."""
+        scope = getattr(self._parameters, "scope", None)
+        merged = [job for job in self._plan.jobs if job.experts]
+        if scope == "global":
+            self._gather(_EVERYWHERE, merged, "statistics")
+        with Writing(folder) as writing:
+            places = self._lay_out(writing)
+            self._walk(writing, places, one_by_one=scope == "tensor")
+        self._refuse_the_ill()
+        copy_companions(self.request.base, folder)
+        self._write_index(folder, places)
+        record = {
+            "format": FORMAT,
+            "request": dict(asked),
+            "paper": self._rule.paper,
+            "statistics": self._known,
+            "scales": self._scales,
+            "warnings": list(self._plan.warnings),
+            "files": writing.files(),
+        }
+        text = card(record, len(merged), len(self._plan.jobs) - len(merged))
+        write_synced(folder / CARD, text.encode())
+        write_synced(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+
+    def _write_index(self, folder: Path, places: Mapping[str, str]) -> None:
+        """Writes the index of shards; a single file needs none."""
+        if set(places.values()) == {SINGLE}:
+            return
+        size = sum(job.base.size for job in self._plan.jobs)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        write_synced(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+    def _walk(self, writing: Writing, places: Mapping[str, str], *, one_by_one: bool) -> None:
+        """Merges and writes all tensors; one by one where each has statistics of its own."""
+        with track(f"merge: {self._rule.name}", len(self._plan.jobs)) as advance:
+            for jobs in [[job] for job in self._plan.jobs] if one_by_one else [self._plan.jobs]:
+                if one_by_one and jobs[0].experts:
+                    self._gather(jobs[0].name, jobs)
+                for finished in self._merge(jobs, writing, places):
+                    advance(finished)
+
+    def _lay_out(self, writing: Writing) -> dict[str, str]:
+        """Writes the heads of the files; tells each tensor's file."""
+        stored = [
+            Stored(job.name, job.base.dtype, job.base.shape, job.base.size)
+            for job in self._plan.jobs
+        ]
+        shards = split(stored, self.request.shard_bytes, _WIDTHS)
+        places = {}
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            name = SINGLE if len(shards) == 1 else name
+            writing.write(name, header(shard, {"format": "pt"}))
+            places.update({tensor.name: name for tensor in shard})
+        if self._rule.one_per_expert:
+            merged = [job for job in self._plan.jobs if job.experts]
+            shapes = {job.name: list(job.base.shape) for job in merged}
+            sizes = {job.name: -(-job.base.elements // 8) for job in merged}
+            packed = [Stored(name, "U8", (size,), size) for name, size in sizes.items()]
+            for expert in range(len(self.request.experts)):
+                writing.write(_mask_file(expert), header(packed, metadata(shapes)))
+        return places
+
+    def _gather(self, what: str, jobs: Sequence[Job], label: str | None = None) -> None:
+        """Takes the rule's statistics over some tensors."""
+
+        def blocks() -> Iterator[Block]:
+            with ReadAhead(jobs) as reading:
+                if label is None:
+                    yield from (b for s in reading for _, b in self._blocks(s))
+                    return
+                with track(label, len(jobs)) as advance:
+                    for segment in reading:
+                        yield from (block for _, block in self._blocks(segment))
+                        if _ends(segment):
+                            advance(segment.job.name)
+
+        found = self._rule.statistics(blocks, self._parameters)
+        if label is not None:
+            self._refuse_the_ill()
+        if found is not None:
+            self._known[what] = {key: tuple(values) for key, values in found.items()}
+
+    def _merge(
+        self, jobs: Sequence[Job], writing: Writing, places: Mapping[str, str]
+    ) -> Iterator[str]:
+        """Merges and writes tensors; yields the name of each that is finished."""
+        with ReadAhead(jobs, with_base=self._rule.uses_base) as reading:
+            for segment in reading:
+                name = segment.job.name
+                if segment.job.experts:
+                    weights, masks = self._merge_segment(segment)
+                    writing.write(places[name], weights.view(torch.uint8).numpy())
+                    for expert, bits in enumerate(masks):
+                        writing.write(_mask_file(expert), bits)
+                else:
+                    writing.write(places[name], segment.tensors[0].numpy().tobytes())
+                if _ends(segment):
+                    yield name
+
+    def _merge_segment(self, segment: Segment) -> tuple[Tensor, list[npt.NDArray[np.uint8]]]:
+        """The merged weights of a segment in the base's dtype, and packed masks."""
+        job = segment.job
+        count, dtype = segment.tensors[0].numel(), DTYPES[job.base.dtype]
+        weights = torch.zeros(count, dtype=dtype)
+        masks = [np.zeros(count, np.bool_) for _ in job.experts if self._rule.one_per_expert]
+        known = self._known.get(job.name, self._known.get(_EVERYWHERE))
+        for start, block in self._blocks(segment):
+            context = Context(job.name, segment.offset + start, self.request.seed, known)
+            merged = self._rule.merge(block.base, block.experts, self._parameters, context)
+            stop = start + block.base.numel()
+            if self._rule.uses_base:
+                weights[start:stop] = added(block.base, merged.tau)
+            else:
+                weights[start:stop] = rounded_once(merged.tau, dtype)
+            self._note_masks(job.name, merged, masks, slice(start, stop))
+        if not _finite(weights):
+            self._ill[f"{job.name}: the merged values are too large for {job.base.dtype}"] = None
+        return weights, [np.packbits(mask) for mask in masks]
+
+    def _note_masks(self, name: str, merged: Merged, masks: list[Bits], place: slice) -> None:
+        for expert, mask in enumerate(masks):
+            assert merged.masks is not None
+            assert merged.scales is not None
+            mask[place] = merged.masks[expert].numpy()
+            self._scales[name] = list(merged.scales)
+
+    def _blocks(self, segment: Segment) -> Iterator[tuple[int, Block]]:
+        """A segment's blocks and where they begin; notes and leaves out those with NaN."""
+        size, tensors = segment.job.base.elements, segment.tensors
+        with_base = len(tensors) > len(segment.job.experts)
+        for start in range(0, tensors[0].numel(), BLOCK):
+            pieces = [tensor[start : start + BLOCK] for tensor in tensors]
+            healthy = True
+            for number, piece in enumerate(pieces):
+                if not _finite(piece):
+                    healthy = False
+                    entries = (segment.job.base, *segment.job.experts)
+                    entry = entries[number if with_base else number + 1]
+                    wrong = f"{entry.file}: {segment.job.name} holds NaN or infinity"
+                    self._ill[wrong] = None
+            if healthy:
+                base = pieces[0] if with_base else torch.zeros(pieces[0].shape, dtype=torch.float64)
+                yield start, Block(base, tuple(pieces[with_base:]), size)
+
+    def _refuse_the_ill(self) -> None:
+        if self._ill:
+            raise CannotMergeCheckpoints(list(self._ill))
+
+
+def _mask_file(expert: int) -> str:
+    return f"masks/expert-{expert}.safetensors"
+
+
+def _ends(segment: Segment) -> bool:
+    """Whether a segment is its tensor's last."""
+    job = segment.job
+    length = job.base.elements if job.experts else job.base.size
+    return segment.offset + segment.tensors[0].numel() == length
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; a sum is the quickest to tell, if it is finite."""
+    if values.dtype == torch.float16:  # its sum overflows too easily
+        return math.isfinite(values.sum(dtype=torch.float32).item())
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
