@@ -38,7 +38,11 @@ out = Console()
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, e.g. params/starter.yaml.")]
 Method = Annotated[
     str | None,
-    typer.Option(help="mera, merge-only, realign-only, finetune, connector-only, joint, experts."),
+    typer.Option(
+        help="mera, merge-only, realign-only, finetune, connector-only, joint, experts; or a "
+        "rule that combines the experts: average, task-arithmetic, ties, dare-ties, consensus, "
+        "pcb, emr, mmer, route."
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of all random choices.")]
 Settings = Annotated[
@@ -94,6 +98,18 @@ def show(
 
 
 @app.command()
+def table(recipe: RecipePath) -> None:
+    """Print every finished method of a recipe side by side, over its seeds, as Markdown."""
+    from flows.showing import summary_of
+    from tasks.outputs import finished_reports
+
+    folders = finished_reports(_recipe(recipe, {}).name)
+    if not folders:
+        raise GraftlineError(f"no run of {recipe} is finished yet; run: graftline run {recipe}")
+    out.print(summary_of(folders), soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
 def ui(
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI; 0: a free one.")] = 5000,
     prefect_port: Annotated[
@@ -104,6 +120,40 @@ def ui(
     from tasks.ui import serve_both
 
     serve_both(mlflow_port, prefect_port, out.print)
+
+
+@app.command()
+def merge(
+    rule: Annotated[str, typer.Option(help="average, task-arithmetic, ties, mmer, emr ...")],
+    base: Annotated[Path, typer.Option(help="Checkpoint folder that the experts started from.")],
+    expert: Annotated[list[Path], typer.Option(help="Checkpoint folder; give one or more.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder to make.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the rule, e.g. scale=0.5."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PREFIX[=FOLDER]", help="Tensors to take over unmerged."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random choices (dare-ties).")] = 0,
+    shard_gigabytes: Annotated[float, typer.Option(help="Most gigabytes in one file.")] = 5.0,
+) -> None:
+    """Merge checkpoints on the disk, in little memory; the result appears whole or not at all."""
+    from flows import merging
+
+    report = merging.merge(
+        rule,
+        base,
+        expert,
+        folder,
+        settings=settings or [],
+        keep=keep or [],
+        seed=seed,
+        shard_gigabytes=shard_gigabytes,
+        console=console,
+    )
+    out.print(merging.summary(report), markup=False, highlight=False)
 
 
 @data_app.command("build")

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from graftline.evaluation.table import markdown_table, summarise_runs
 from tasks.outputs import pictures
+
+
+def summary_of(folders: Sequence[Path]) -> str:
+    """Reports of one recipe as a Markdown table: a row a method, with 95 % intervals."""
+    return markdown_table(summarise_runs(folders))
 
 
 def print_report(console: Console, folder: Path | str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +22,11 @@ from graftline.evaluation.answering import answer_all
 from graftline.evaluation.perplexity import text_perplexity
 from graftline.evaluation.scoring import score_rows
 from graftline.merging.backbones import merge_backbones
+from graftline.merging.streaming import MergeRequest, merge_checkpoints
 from graftline.model.backbone import convert_gguf, load_backbone, make_tiny
 from graftline.model.encoders import load_encoder
-from graftline.model.loading import assemble, read_connector, read_record
+from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
+from graftline.model.routing.composed import route_to_expert, route_to_masks
 from graftline.plan import Step
 from graftline.progress import track
 from graftline.recipe import LoraSettings, PhaseSettings
@@ -170,7 +173,14 @@ def _realign(work: Work) -> None:
     parameters = work.step.parameters
     modality = parameters["modality"]
     connector = work.role("connector")[modality]
-    phases.realign(_call(work), _settings(parameters), modality, connector, parameters["fraction"])
+    phases.realign(
+        _call(work),
+        _settings(parameters),
+        modality,
+        connector,
+        parameters["fraction"],
+        parameters["part"],
+    )
 
 
 def _fine_tune(work: Work) -> None:
@@ -193,6 +203,25 @@ def _merge(work: Work) -> None:
     merge_backbones(previous, vanilla, work.step.parameters["stage"], work.out / "backbone")
 
 
+def _compose(work: Work) -> None:
+    parameters = work.step.parameters
+    started = time.monotonic()
+    experts = work.role("expert")
+    request = MergeRequest(
+        rule=parameters["rule"],
+        base=work.parents["base"].folder / "backbone",
+        experts=tuple(experts[name] / "backbone" for name in parameters["modalities"]),
+        out=work.out / "backbone",
+        parameters=parameters["parameters"],
+        seed=parameters["seed"],
+    )
+    merge_checkpoints(request)
+    order = json.dumps(parameters["modalities"])
+    (work.out / "experts.json").write_text(order, encoding="utf-8")
+    timing = {"seconds": round(time.monotonic() - started, 3)}
+    (work.out / "timing.json").write_text(json.dumps(timing), encoding="utf-8")
+
+
 def _evaluate(work: Work) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -203,6 +232,8 @@ def _evaluate(work: Work) -> None:
     record = read_record(folder, modality)
     connector = read_connector(folder, record)
     loaded = assemble(_load(work), [(record, connector)], parameters["system_prompt"])
+    if "routing" in parameters:
+        loaded = _route(work, loaded, modality)
     features = work.role("features")[modality]
     examples = ExampleSet(features, modality, parameters["split"], loaded.prompts)
     answers = answer_all(
@@ -224,6 +255,16 @@ def _evaluate(work: Work) -> None:
     pq.write_table(pa.table(table), work.out / "answers.parquet")
 
 
+def _route(work: Work, loaded: LoadedModel, modality: str) -> LoadedModel:
+    """Lets the modality's tokens meet their own weights: an expert's, or masked ones."""
+    experts = work.role("expert")
+    if modality in experts:
+        return route_to_expert(loaded, modality, experts[modality] / "backbone")
+    composed = work.parents["backbone"].folder / "backbone"
+    base = work.parents["base"].folder / "backbone"
+    return route_to_masks(loaded, modality, composed, base)
+
+
 def _perplexity(work: Work) -> None:
     model, tokenizer = _load(work)
     value = {"perplexity": text_perplexity(model, tokenizer)}
@@ -236,6 +277,7 @@ RUNNERS: dict[str, Callable[[Work], None]] = {
     "align": _align,
     "fine-tune": _fine_tune,
     "merge": _merge,
+    "compose": _compose,
     "realign": _realign,
     "evaluate": _evaluate,
     "perplexity": _perplexity,

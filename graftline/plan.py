@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from graftline.manifest import fingerprint_of
+from graftline.merging.rules import parameters_for, rule_named
 from graftline.model.encoders import encoder_identity
 from graftline.recipe import PhaseSettings, Recipe
 
@@ -33,7 +34,8 @@ CODE: dict[str, tuple[str, ...]] = {
     "align": TRAINING_CODE,
     "fine-tune": TRAINING_CODE,
     "realign": TRAINING_CODE,
-    "merge": ("merging/*.py",),
+    "merge": ("merging/__init__.py", "merging/backbones.py", "merging/running_average.py"),
+    "compose": ("merging/*.py",),
     "evaluate": (
         "model/*.py",
         "data/examples.py",
@@ -89,22 +91,36 @@ class Step:
 
 @dataclass(frozen=True)
 class Model:
-    """A multimodal model as a plan sees it: which artifacts hold its parts."""
+    """A multimodal model as a plan sees it: which artifacts hold its parts.
+
+    Attributes:
+        backbone: what text meets, and media too unless they are routed.
+        connectors: modality -> who holds its connector.
+        experts: modality -> the backbone that its tokens meet, where they are routed to experts.
+        base: theta_0, where media are routed to masked weights.
+    """
 
     backbone: Reference
     connectors: Mapping[str, Reference] = field(default_factory=dict)
+    experts: Mapping[str, Reference] = field(default_factory=dict)
+    base: Reference | None = None
 
     def with_connector(self, modality: str, connector: Reference) -> Model:
         """This model with one connector added or replaced."""
-        return Model(self.backbone, {**self.connectors, modality: connector})
+        return replace(self, connectors={**self.connectors, modality: connector})
+
+
+def code_digest(kind: str) -> str:
+    """Digest of the source files that compute a kind of step."""
+    return source_digest(*CODE[kind])
 
 
 @cache
-def code_digest(kind: str) -> str:
-    """Digest of a kind's source files, blind to comments, docstrings and formatting."""
+def source_digest(*patterns: str) -> str:
+    """Digest of source files of the library, blind to comments, docstrings and formatting."""
     root = Path(__file__).parent
     digest = sha256()
-    for pattern in CODE[kind]:
+    for pattern in patterns:
         for path in sorted(root.glob(pattern)):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             digest.update(f"{path.relative_to(root).as_posix()}\n{_dump(tree)}\n".encode())
@@ -188,7 +204,13 @@ class Planner:
         return self._add("merge", parameters, parents, f"stage {stage}: merge", stage)
 
     def realign(self, model: Model, modality: str, stage: int) -> Reference:
-        """MERA step 4: one connector trained on its replay beside the frozen merged backbone."""
+        """MERA step 4: one connector trained on its replay beside the frozen merged backbone.
+
+        Args:
+            model: the merged backbone, and the connectors as they were learned.
+            modality: whose connector.
+            stage: i.
+        """
         parameters = {
             **self._training(self.recipe.realign),
             "modality": modality,
@@ -200,6 +222,21 @@ class Planner:
             f"features.{modality}": self.features(modality),
         }
         return self._add("realign", parameters, parents, f"{modality}: realign", stage)
+
+    def compose(self, rule: str, experts: Mapping[str, Model]) -> Reference:
+        """theta* from experts that were trained apart from theta_0, in the order given."""
+        given = {str(name): values for name, values in self.recipe.compose.parameters.items()}
+        chosen = given.get(rule, {})
+        checked = parameters_for(rule_named(rule), chosen, len(experts))
+        parameters = {
+            "rule": rule,
+            "parameters": checked.model_dump(mode="json"),
+            "modalities": list(experts),
+            "seed": self.recipe.seed,
+        }
+        parents = {"base": self.backbone()}
+        parents |= {f"expert.{name}": model.backbone for name, model in experts.items()}
+        return self._add("compose", parameters, parents, f"{rule}: compose", len(experts))
 
     def evaluate(self, model: Model, modality: str, stage: int, point: str) -> Reference:
         """Answers and scores of one modality's rows."""
@@ -216,6 +253,12 @@ class Planner:
             f"connector.{modality}": model.connectors[modality],
             f"features.{modality}": self.features(modality),
         }
+        if model.base is not None or model.experts:
+            parameters["routing"] = source_digest("model/routing/*.py")
+        if model.base is not None:
+            parents["base"] = model.base
+        if modality in model.experts:
+            parents[f"expert.{modality}"] = model.experts[modality]
         return self._add("evaluate", parameters, parents, f"{modality}: evaluate {point}", stage)
 
     def perplexity(self, backbone: Reference, stage: int) -> Reference:

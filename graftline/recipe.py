@@ -13,9 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from graftline.errors import GraftlineError
 
 Modality = Literal["image", "audio", "video", "point_cloud"]
-MethodName = Literal[
+ContinualName = Literal[
     "mera", "merge-only", "realign-only", "finetune", "connector-only", "joint", "experts"
 ]
+CompositionName = Literal[
+    "average", "task-arithmetic", "ties", "dare-ties", "consensus", "pcb", "emr", "mmer", "route"
+]
+MethodName = Literal[ContinualName, CompositionName]
 Fraction = Field(gt=0.0, le=1.0)
 
 
@@ -70,6 +74,16 @@ class PhaseSettings(Part):
     checkpoint_every: int = Field(50, ge=1, description="steps between resumable checkpoints")
 
 
+class RealignSettings(PhaseSettings):
+    """Realigning: which part of a connector learns from the replay."""
+
+    part: Literal["output", "all"] = Field(
+        "output",
+        description="output: its last layer alone, which a small replay overfits less; all: as in "
+        "the paper",
+    )
+
+
 class LoraSettings(Part):
     """Low-rank adapters on every linear layer of the backbone, folded in afterwards."""
 
@@ -96,6 +110,15 @@ class MergeSettings(Part):
     """How theta_{i-1} and theta_i^v become theta_i."""
 
     rule: Literal["running-average"] = "running-average"
+
+
+class ComposeSettings(Part):
+    """How experts become one model, for the methods that compose."""
+
+    parameters: dict[CompositionName, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="rule -> its parameters; what is left out keeps the paper's default",
+    )
 
 
 class EvaluationSettings(Part):
@@ -126,9 +149,10 @@ class Recipe(Part):
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     align: PhaseSettings
     fine_tune: FineTuneSettings
-    realign: PhaseSettings
+    realign: RealignSettings
     replay: ReplaySettings
     merge: MergeSettings = MergeSettings()
+    compose: ComposeSettings = ComposeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     execution: ExecutionSettings = ExecutionSettings()
     store: str = Field("artifacts", description="folder of the artifact store")

@@ -17,3 +17,13 @@ def report_folder(recipe: Recipe) -> Path:
 def pictures(folder: Path) -> list[Path]:
     """The paths of a report's pictures: the score matrix, the scores over stages."""
     return [folder / "scores.png", folder / "stages.png"]
+
+
+def finished_reports(recipe_name: str) -> list[Path]:
+    """Report folders of a recipe's finished runs, by method and seed."""
+    found = Path("reports", recipe_name).glob("*/seed-*/metrics.json")
+    return sorted((path.parent for path in found), key=_method_and_seed)
+
+
+def _method_and_seed(folder: Path) -> tuple[str, int]:
+    return folder.parent.name, int(folder.name.removeprefix("seed-"))

@@ -48,7 +48,7 @@ def bytes_needed(plan: RunPlan, store: Store) -> int:
     heavy = [
         step
         for step in todo
-        if step.kind in ("backbone", "merge")
+        if step.kind in ("backbone", "merge", "compose")
         or (step.kind == "fine-tune" and step.parameters["mode"] != "connector")
     ]
     checkpoints = _TRAINING_FACTOR * size if any(s.kind == "fine-tune" for s in heavy) else 0

@@ -45,10 +45,14 @@ def start(planner: Planner) -> Model:
 
 
 def method_named(name: str) -> Method:
-    """The method that a recipe names."""
+    """The method that a recipe names; a merge rule's name is the composition by that rule."""
+    from graftline.merging.rules import RULES
     from graftline.methods import connector_only, experts, finetune, joint, mera
+    from graftline.methods.composition import composition, route
 
     methods: dict[str, Method] = {
+        **{rule: composition(rule) for rule in RULES},
+        "route": route,
         "mera": mera.mera,
         "merge-only": mera.merge_only,
         "realign-only": mera.realign_only,

@@ -58,6 +58,10 @@ class MixerConnector(nn.Module):
         output = self.project(inner).unflatten(1, (self.tokens, self.embedding_width))
         return nn.functional.rms_norm(output, (self.embedding_width,)) * self.gain
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        """The last layer and the scale of what it gives."""
+        return [*self.project.parameters(), self.gain]
+
     def _standard(self, features: Tensor) -> Tensor:
         return (features.float().flatten(1) - self.mean) / self.deviation
 

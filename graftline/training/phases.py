@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -84,7 +84,12 @@ def align(call: Call, settings: PhaseSettings, modality: str, shape: dict[str, i
 
 
 def realign(
-    call: Call, settings: PhaseSettings, modality: str, connector: Path, fraction: float
+    call: Call,
+    settings: PhaseSettings,
+    modality: str,
+    connector: Path,
+    fraction: float,
+    part: Literal["output", "all"],
 ) -> None:
     """Trains an old connector on its replay beside the merged, frozen backbone (MERA, step 4).
 
@@ -94,6 +99,7 @@ def realign(
         modality: whose connector.
         connector: artifact that holds it.
         fraction: share of the modality's training rows that was kept.
+        part: `all` of the connector learns (the paper), or its `output` layer [ours].
     """
     old = read_record(connector, modality)
     record = ConnectorRecord(modality, old.shape, call.backbone_fingerprint)
@@ -102,7 +108,10 @@ def realign(
     examples = _examples(call, loaded, [modality])
     kept = replay_rows(len(examples[0]), fraction, call.seed)
     rows = TrainingSet(examples, settings.batch_size, call.seed, [kept])
-    _run(call, loaded, settings, rows, [_connector_group(loaded, modality, settings.learning_rate)])
+    group = _connector_group(loaded, modality, settings.learning_rate)
+    if part == "output":
+        group = replace(group, parameters=module.output_parameters())
+    _run(call, loaded, settings, rows, [group])
     save_connector(call.out, record, module)
 
 

@@ -93,6 +93,26 @@ def test_methods_share_steps(copy):
     assert "retention" in text
 
 
+def test_composition_needs_no_more_training(copy):
+    before = set(copy.artifacts())
+    for method in ("mmer", "route"):
+        code, text = copy.run("run", "params/tiny.yaml", "--method", method)
+        assert code == 0, text
+        path = copy.folder / f"reports/tiny/{method}/seed-0/metrics.json"
+        metrics = json.loads(path.read_text())
+        assert metrics["retention"] is not None
+        assert metrics["brg"] is None
+        assert "no stages" in metrics["undefined"]["brg"]
+    kinds = [name.split("/")[1] for name in set(copy.artifacts()) - before]
+    assert sorted(kinds) == sorted(["compose", "evaluate", "evaluate", "evaluate", "evaluate",
+                                    "perplexity"] * 2)  # fmt: skip
+    code, text = copy.run("table", "params/tiny.yaml")
+    assert code == 0, text
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| m")] == [
+        "method", "mera", "mmer"
+    ]  # fmt: skip
+
+
 def test_killed_run_goes_on(fresh, finished):
     process = fresh.start("run", "params/tiny.yaml")
     fresh.wait_for_artifacts(12, process)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from graftline.merging.rules import UnknownRule
 
 from graftline.plan import Reference
 from graftline.recipe import load_recipe
@@ -36,6 +37,9 @@ def kinds(run: RunPlan, kind: str) -> set[Reference]:
         ("connector-only", 8, 0, 0),  # 4 connectors and 4 experts
         ("joint", 5, 0, 0),
         ("experts", 4, 0, 0),
+        ("average", 4, 0, 0),
+        ("mmer", 4, 0, 0),
+        ("route", 4, 0, 0),
     ],
 )
 def test_a_method_costs_what_it_says(
@@ -125,3 +129,28 @@ def test_every_score_that_the_gains_need_is_planned() -> None:
         assert ("expert", 0, modality) in points
         for earlier in order[:index]:
             assert ("final", index, earlier) in points
+
+
+@pytest.mark.parametrize("method", ["ties", "mmer", "route"])
+def test_composition_combines_the_experts_that_every_run_measures(method: str) -> None:
+    run = plan(method)
+    [compose] = [run.steps[reference] for reference in kinds(run, "compose")]
+    experts = {s.modality: run.steps[s.reference] for s in run.scores if s.point == "expert"}
+    for name, score in experts.items():
+        assert compose.parents[f"expert.{name}"] == score.parents["backbone"]
+    [stage] = run.stages
+    assert stage.final.backbone == compose.reference
+    routed = [run.steps[s.reference] for s in run.scores if s.point == "final"]
+    for step in routed:
+        name = step.parameters["modality"]
+        assert ("base" in step.parents) == (method == "mmer")
+        assert (f"expert.{name}" in step.parents) == (method == "route")
+        assert ("routing" in step.parameters) == (method != "ties")
+
+
+def test_parameters_of_a_rule_are_checked_before_anything_runs() -> None:
+    with pytest.raises(UnknownRule, match="densty: unknown key.*did you mean 'density'"):
+        plan("ties", **{"compose.parameters": {"ties": {"densty": 0.3}}})
+    assert plan("ties").fingerprint != (
+        plan("ties", **{"compose.parameters": {"ties": {"density": 0.3}}}).fingerprint
+    )

@@ -40,7 +40,7 @@ def run(phase: str, folders: list[Path], die_before: int) -> None:
     if phase == "align":
         phases.align(call, SETTINGS, "image", {"tokens": 2, "hidden": 16})
     elif phase == "realign":
-        phases.realign(call, SETTINGS, "image", connector, 0.25)
+        phases.realign(call, SETTINGS, "image", connector, 0.25, "output")
     else:
         phases.fine_tune(
             call,

@@ -1,0 +1,97 @@
+"""What a composition leaves on the disk, met by a modality's tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from graftline.errors import GraftlineError
+from graftline.merging.masks import load_masks
+from graftline.merging.streaming import MergeRequest, merge_checkpoints
+from graftline.model.backbone import load_backbone
+from graftline.model.loading import LoadedModel, assemble, new_connector
+from graftline.model.routing import RoutedLinear, RoutedModel
+from graftline.model.routing.composed import route_to_expert, route_to_masks
+
+NAMES = ("image", "audio")
+
+
+@pytest.fixture
+def folders(tiny_folder: Path, tmp_path: Path) -> dict[str, Path]:
+    """theta_0, an expert for each modality, and what MMER makes of them."""
+    base = load_file(tiny_folder / "model.safetensors")
+    found = {"base": tiny_folder}
+    for seed, name in enumerate(NAMES):
+        generator = torch.Generator().manual_seed(seed)
+        moved = {
+            key: value + 0.05 * torch.randn(value.shape, generator=generator).to(value.dtype)
+            for key, value in base.items()
+        }
+        found[name] = tmp_path / name
+        found[name].mkdir()
+        for file in tiny_folder.iterdir():
+            (found[name] / file.name).write_bytes(file.read_bytes())
+        save_file(moved, found[name] / "model.safetensors", metadata={"format": "pt"})
+    found["composed"] = tmp_path / "artifact" / "backbone"
+    merge_checkpoints(
+        MergeRequest(
+            "mmer", tiny_folder, tuple(found[name] for name in NAMES), found["composed"],
+            parameters={"density": 0.5, "alphas": [0.9, 1.1]},
+        )
+    )  # fmt: skip
+    (tmp_path / "artifact" / "experts.json").write_text(json.dumps(NAMES))
+    return found
+
+
+def _load(folder: Path) -> LoadedModel:
+    backbone = load_backbone(folder, torch.float32, "eager")
+    rows = torch.randn(32, 3, 8, generator=torch.Generator().manual_seed(3))
+    shape = {"tokens": 2, "hidden": 16}
+    pairs = [new_connector(name, backbone[0], rows, shape, 0, "backbone1") for name in NAMES]
+    return assemble(backbone, pairs, "")
+
+
+def _layers(loaded: LoadedModel) -> dict[str, RoutedLinear]:
+    modules = loaded.model.backbone.named_modules()
+    return {name: module for name, module in modules if isinstance(module, RoutedLinear)}
+
+
+@pytest.mark.parametrize("modality", NAMES)
+def test_a_modality_meets_its_decoupled_weights(folders: dict[str, Path], modality: str) -> None:
+    routed = route_to_masks(
+        _load(folders["composed"]), modality, folders["composed"], folders["base"]
+    )
+    assert isinstance(routed.model, RoutedModel)
+    index = NAMES.index(modality)
+    base = load_file(folders["base"] / "model.safetensors")
+    shared = load_file(folders["composed"] / "model.safetensors")
+    masks = load_masks(folders["composed"] / "masks" / f"expert-{index}.safetensors")
+    number = routed.model.modality_numbers[modality]
+    layers = _layers(routed)
+    assert layers
+    for name, layer in layers.items():
+        key = f"{name}.weight"
+        alpha = (0.9, 1.1)[index]
+        delta = shared[key].double() - base[key].double()
+        expected = (base[key].double() + alpha * masks[key] * delta).float()
+        torch.testing.assert_close(layer._weights[number].dense(), expected)
+        assert not torch.equal(expected, shared[key].float())
+        assert torch.equal(layer.layer.weight.detach(), shared[key].float())
+
+
+def test_a_modality_meets_its_expert(folders: dict[str, Path]) -> None:
+    routed = route_to_expert(_load(folders["composed"]), "audio", folders["audio"])
+    expert = load_file(folders["audio"] / "model.safetensors")
+    number = routed.model.modality_numbers["audio"]
+    for name, layer in _layers(routed).items():
+        assert torch.equal(layer._weights[number].dense(), expert[f"{name}.weight"].float())
+
+
+def test_a_modality_without_expert_is_named(folders: dict[str, Path]) -> None:
+    (folders["composed"].parent / "experts.json").write_text('["image", "video"]')
+    with pytest.raises(GraftlineError, match=r"no expert for audio \(it has: \['image', 'video'\]"):
+        route_to_masks(_load(folders["composed"]), "audio", folders["composed"], folders["base"])
