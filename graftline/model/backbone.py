@@ -167,7 +167,8 @@ def load_backbone(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # loading takes less than a second; steps have bars of their own
+    # Loading takes less than a second; steps have bars of their own.
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     folder = Path(folder)
     auto: Any = AutoModelForCausalLM
     try:
