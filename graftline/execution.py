@@ -257,12 +257,12 @@ def _evaluate(work: Work) -> None:
 
 def _route(work: Work, loaded: LoadedModel, modality: str) -> LoadedModel:
     """Lets the modality's tokens meet their own weights: an expert's, or masked ones."""
-    experts = work.role("expert")
+    experts, text = work.role("expert"), work.step.parameters["text"]
     if modality in experts:
-        return route_to_expert(loaded, modality, experts[modality] / "backbone")
+        return route_to_expert(loaded, modality, experts[modality] / "backbone", text)
     composed = work.parents["backbone"].folder / "backbone"
     base = work.parents["base"].folder / "backbone"
-    return route_to_masks(loaded, modality, composed, base)
+    return route_to_masks(loaded, modality, composed, base, text)
 
 
 def _perplexity(work: Work) -> None:

@@ -255,6 +255,7 @@ class Planner:
         }
         if model.base is not None or model.experts:
             parameters["routing"] = source_digest("model/routing/*.py")
+            parameters["text"] = self.recipe.compose.text
         if model.base is not None:
             parents["base"] = model.base
         if modality in model.experts:

@@ -119,6 +119,11 @@ class ComposeSettings(Part):
         default_factory=dict,
         description="rule -> its parameters; what is left out keeps the paper's default",
     )
+    text: Literal["merged", "modality"] = Field(
+        "merged",
+        description="what text and answers meet where media are routed: the merged weights, or "
+        "those of the prompt's own modality (for prompts with media of one modality)",
+    )
 
 
 class EvaluationSettings(Part):

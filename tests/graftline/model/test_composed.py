@@ -91,6 +91,18 @@ def test_a_modality_meets_its_expert(folders: dict[str, Path]) -> None:
         assert torch.equal(layer._weights[number].dense(), expert[f"{name}.weight"].float())
 
 
+def test_text_may_meet_the_modality_too(folders: dict[str, Path]) -> None:
+    """Then the routed model is the expert itself, whatever its tokens are."""
+    expert = _load(folders["audio"])
+    routed = route_to_expert(_load(folders["composed"]), "audio", folders["audio"], "modality")
+    width = expert.model.backbone.config.hidden_size
+    tokens = torch.randn(2, 6, width, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():  # embeddings and output layer are shared, so they stay out of it
+        own = expert.model.backbone.get_decoder()(inputs_embeds=tokens).last_hidden_state
+        found = routed.model.backbone.get_decoder()(inputs_embeds=tokens).last_hidden_state
+    torch.testing.assert_close(found, own)
+
+
 def test_a_modality_without_expert_is_named(folders: dict[str, Path]) -> None:
     (folders["composed"].parent / "experts.json").write_text('["image", "video"]')
     with pytest.raises(GraftlineError, match=r"no expert for audio \(it has: \['image', 'video'\]"):
