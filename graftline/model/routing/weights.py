@@ -61,8 +61,9 @@ class MaskedWeight:
         """The parameter as a view of `scratch`: (at least 8 * mask bytes,), dtype of `base`."""
         bits = scratch[: 8 * len(self.mask)]
         table = _bit_table(self.base.dtype, self.base.device)
-        # Sixteen bytes are moved at once: a third faster than as eight values.
-        torch.index_select(table, 0, self.mask.int(), out=_wide(bits).view(-1, table.shape[1]))
+        # In bf16 eight values are moved as one of 16 bytes: two thirds of the time.
+        pieces = _wide(bits).view(-1, *table.shape[1:])
+        torch.index_select(table, 0, self.mask.int(), out=pieces)
         weight = bits[: self.base.numel()].view(self.base.shape)
         return torch.addcmul(self.base, weight, self.delta, value=self.scale, out=weight)
 
@@ -139,10 +140,13 @@ def _check_tensor(what: str, tensor: Tensor, shape: tuple[int, ...], like: Tenso
 
 @lru_cache(maxsize=8)
 def _bit_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Each byte's eight bits, first bit first, as values of `dtype` in 16-byte pieces."""
+    """Each byte's eight bits, first bit first, as values of `dtype`.
+
+    In pieces of 16 bytes: (256,) where one holds eight values, else (256, pieces).
+    """
     bytes_, shifts = torch.arange(256, device=device)[:, None], torch.arange(7, -1, -1)
     bits = (bytes_ >> shifts.to(device)) & 1
-    return _wide(bits.to(dtype).flatten()).view(256, -1)
+    return _wide(bits.to(dtype).flatten()).view(256, -1).squeeze(1)
 
 
 def _wide(values: Tensor) -> Tensor:
