@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from graftline.data import build as module
-from graftline.data.build import build, checksums, directory_md5, record_files, verify
+from graftline.data.build import (
+    DEFAULT_SEED,
+    build,
+    checksums,
+    directory_md5,
+    record_files,
+    verify,
+)
 from graftline.errors import GraftlineError
 
 
@@ -30,7 +37,7 @@ def test_another_seed_gives_other_bytes(
 ) -> None:
     kept = {name: module.GENERATORS[name] for name in ("image", "point_cloud")}
     monkeypatch.setattr(module, "GENERATORS", kept)
-    build(tmp_path / "data", sizes, seed=1)
+    build(tmp_path / "data", sizes, seed=DEFAULT_SEED + 1)
     old, new = checksums(built), checksums(tmp_path / "data")
     assert len(new) == 6
     assert all(old[name] != md5 for name, md5 in new.items())
