@@ -23,6 +23,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
+from graftline.errors import GraftlineError
 from graftline.plan import Step
 from graftline.recipe import Recipe
 from tasks.references import DataVersion, TrackedRun
@@ -31,6 +32,7 @@ FOLDER = Path("mlruns")
 _BATCH = 1000
 _children = threading.Lock()
 _child_ids: dict[tuple[str, int], str] = {}
+_ended: set[str] = set()  # parent runs; a thread that goes on computing opens no child of them
 
 
 def tracking_uri() -> str:
@@ -104,6 +106,8 @@ def end_run(uri: str, run_id: str, status: str) -> None:
         status: FINISHED, FAILED or KILLED.
     """
     client = _client(uri)
+    with _children:
+        _ended.add(run_id)
     with suppress(MlflowException):
         parent = client.get_run(run_id)
         query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}' and attributes.status = 'RUNNING'"
@@ -118,6 +122,8 @@ def stage_run(tracked: TrackedRun, stage: int) -> str:
     client = _client(tracked.uri)
     query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{tracked.run_id}' and tags.stage = '{stage}'"
     with _children:
+        if tracked.run_id in _ended:
+            raise GraftlineError(f"the MLflow run {tracked.run_id} has ended")
         if (tracked.run_id, stage) in _child_ids:
             return _child_ids[tracked.run_id, stage]
         found = client.search_runs([tracked.experiment_id], query, max_results=1)
