@@ -21,19 +21,13 @@ from tasks.environment import prepare
 prepare()
 
 import torch
+from starter_parts import artifacts, untrained
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from graftline.data.build import checksums
-from graftline.data.examples import ExampleSet, TrainingSet
-from graftline.data.features import FeatureTable
 from graftline.model.backbone import load_backbone
-from graftline.model.loading import assemble, new_connector
 from graftline.model.multimodal import IGNORED, Batch
 from graftline.recipe import Recipe, load_recipe
-from graftline.run_plan import plan_run
-from graftline.store import Store
 from graftline.training.optimizer import MasterAdamW, ParameterGroup
-from tasks.data import by_modality
 
 WARM_UP = 2
 
@@ -48,19 +42,19 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
-    backbone, features = _artifacts(recipe, arguments.modality)
+    found = artifacts(recipe, arguments.modality)
     rates: dict[str, list[float]] = {"graftline": [], "transformers.Trainer": []}
     for _ in range(arguments.rounds):
-        rates["graftline"].append(
-            ours(recipe, arguments.modality, backbone, features, arguments.steps)
-        )
+        rates["graftline"].append(ours(recipe, arguments.modality, found, arguments.steps))
         rates["transformers.Trainer"].append(
-            theirs(recipe, arguments.modality, backbone, features, arguments.steps)
+            theirs(recipe, arguments.modality, found, arguments.steps)
         )
     best = {name: max(values) for name, values in rates.items()}
     matmul = matmul_rate()
     weights = sum(
-        p.numel() for n, p in load_backbone(backbone)[0].named_parameters() if "embed" not in n
+        p.numel()
+        for n, p in load_backbone(found["backbone"] / "backbone")[0].named_parameters()
+        if "embed" not in n
     )
     result = {
         "tokens_per_second": rates,
@@ -72,35 +66,9 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def _artifacts(recipe: Recipe, modality: str) -> tuple[Path, Path]:
-    plan = plan_run(recipe, by_modality(checksums(Path(recipe.data.folder))))
-    store = Store(recipe.store)
-    found = {}
-    for reference, step in plan.steps.items():
-        if step.kind == "backbone" or step.parameters.get("modality") == modality:
-            artifact = store.find(reference.kind, reference.fingerprint)
-            if artifact is not None:
-                found.setdefault(step.kind, artifact.folder)
-    return found["backbone"] / "backbone", found["features"]
-
-
-def _setting(recipe: Recipe, modality: str, backbone: Path, features: Path, dtype: torch.dtype):
-    attention = "eager" if dtype == torch.bfloat16 else "sdpa"
-    loaded_backbone = load_backbone(backbone, dtype, attention)
-    rows = FeatureTable(features / "train")[:]
-    shape = recipe.modality(modality).connector.model_dump()
-    pair = new_connector(modality, loaded_backbone[0], rows, shape, 0, "benchmark")
-    loaded = assemble(loaded_backbone, [pair], "")
-    examples = ExampleSet(features, modality, "train", loaded.prompts)
-    batches = TrainingSet([examples], recipe.fine_tune.batch_size, 0)
-    embeddings = loaded.model.backbone.get_input_embeddings().weight
-    embeddings.requires_grad_(False)
-    return loaded, batches
-
-
-def ours(recipe: Recipe, modality: str, backbone: Path, features: Path, steps: int) -> float:
+def ours(recipe: Recipe, modality: str, found: dict[str, Path], steps: int) -> float:
     """Tokens (without padding) a second."""
-    loaded, batches = _setting(recipe, modality, backbone, features, torch.bfloat16)
+    loaded, batches = untrained(recipe, modality, found, torch.bfloat16)
     chosen = [p for p in loaded.model.backbone.parameters() if p.requires_grad]
     groups = [
         ParameterGroup("connector", list(loaded.model.connectors[modality].parameters()), 1e-4),
@@ -146,9 +114,9 @@ class _Clock(TrainerCallback):
             self.started = time.perf_counter()
 
 
-def theirs(recipe: Recipe, modality: str, backbone: Path, features: Path, steps: int) -> float:
+def theirs(recipe: Recipe, modality: str, found: dict[str, Path], steps: int) -> float:
     """The same batches through `transformers.Trainer` with `bf16=True`."""
-    loaded, batches = _setting(recipe, modality, backbone, features, torch.float32)
+    loaded, batches = untrained(recipe, modality, found, torch.float32)
     made = [batches.batch(step) for step in range(WARM_UP + steps)]
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:

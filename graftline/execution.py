@@ -33,6 +33,7 @@ from graftline.recipe import LoraSettings, PhaseSettings
 from graftline.store import Artifact, Store
 from graftline.training import phases
 
+TIMING = "timing.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -107,8 +108,10 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
         parents[role] = artifact
 
     def build(out: Path) -> None:
+        started = time.monotonic()
         folder = store.work_folder(step.kind, fingerprint)
         RUNNERS[step.kind](Work(step, parents, machine, folder, out))
+        _record_seconds(out / TIMING, time.monotonic() - started)
 
     return store.publish(
         step.kind,
@@ -118,6 +121,13 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
         code=step.code,
         build=build,
     )
+
+
+def _record_seconds(file: Path, seconds: float) -> None:
+    """Adds the whole step's duration to what it noted itself (a phase notes its loop's)."""
+    noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    timing = {"seconds": round(seconds, 3), **noted, "step_seconds": round(seconds, 3)}
+    file.write_text(json.dumps(timing), encoding="utf-8")
 
 
 def _backbone(work: Work) -> None:
@@ -205,7 +215,6 @@ def _merge(work: Work) -> None:
 
 def _compose(work: Work) -> None:
     parameters = work.step.parameters
-    started = time.monotonic()
     experts = work.role("expert")
     request = MergeRequest(
         rule=parameters["rule"],
@@ -218,8 +227,6 @@ def _compose(work: Work) -> None:
     merge_checkpoints(request)
     order = json.dumps(parameters["modalities"])
     (work.out / "experts.json").write_text(order, encoding="utf-8")
-    timing = {"seconds": round(time.monotonic() - started, 3)}
-    (work.out / "timing.json").write_text(json.dumps(timing), encoding="utf-8")
 
 
 def _evaluate(work: Work) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 from graftline.errors import GraftlineError
 from graftline.evaluation.report import RunScores, ScoreCell
 from graftline.evaluation.scoring import METRICS
+from graftline.execution import TIMING
 from graftline.plan import Reference
 from graftline.run_plan import PlannedScore, RunPlan
 from graftline.store import Artifact, Store
@@ -48,6 +50,7 @@ def collect(
         order=recipe.order,
         cells=tuple(cells),
         wall_seconds=wall_seconds,
+        computing_seconds=_computing_seconds(plan, store),
         peak_rss_bytes=peak_rss_bytes,
         data_md5=data_md5,
         fingerprint=plan.fingerprint,
@@ -63,6 +66,13 @@ def _found(store: Store, reference: Reference) -> Artifact:
             f"{reference.kind} {reference.fingerprint[:12]} is not in the store; run the recipe."
         )
     return artifact
+
+
+def _computing_seconds(plan: RunPlan, store: Store) -> float:
+    """What the plan's finished steps took when they were computed, whichever run did that."""
+    folders = (store.folder(step.kind, step.reference.fingerprint) for step in plan.steps.values())
+    files = [folder / TIMING for folder in folders if (folder / TIMING).exists()]
+    return math.fsum(json.loads(file.read_text("utf-8"))["step_seconds"] for file in files)
 
 
 def _by_task(artifact: Artifact) -> dict[str, list[float]]:

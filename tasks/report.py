@@ -213,7 +213,7 @@ def _publish(plan: RunPlan, place: Place, folder: Path, metrics: Mapping[str, An
             key: key
             for key in (
                 "brg_mean", "retention", "text_perplexity_before", "text_perplexity_after",
-                "wall_seconds", "peak_rss_bytes",
+                "wall_seconds", "computing_seconds", "peak_rss_bytes",
             )
         }  # fmt: skip
         found = {n: float(metrics[k]) for k, n in names.items() if metrics.get(k) is not None}

@@ -19,7 +19,7 @@ from graftline.data.parts import Progress
 from graftline.data.rows import Row, as_columns, schema, split_file
 from graftline.errors import GraftlineError
 
-DEFAULT_SIZES = {"train": 1600, "validation": 240, "test": 400}
+DEFAULT_SIZES = {"train": 3200, "validation": 240, "test": 400}
 DEFAULT_SEED = 1
 Generate = Callable[[Mapping[str, int], int, Path | None], dict[str, list[Row]]]
 GENERATORS: dict[str, Generate] = {

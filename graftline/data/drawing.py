@@ -76,7 +76,10 @@ def _read_digits(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 class Digits:
-    """Real handwritten digits, each handed out once.
+    """Real handwritten digits: one serves a single split, and rows of it in turn.
+
+    Held-out splits are to be served first: each of their rows has a digit of its own. Training
+    rows share what is left, so a digit comes back in another ink or on another way.
 
     Args:
         modality: `image` or `video`: each has its own half of the digits.
@@ -88,25 +91,38 @@ class Digits:
         self._modality = modality
         self._pictures, labels = _read_digits(fetch(MNIST_5K, cache))
         self._free: list[list[int]] = []
+        self._training: list[list[int]] = [[] for _ in range(10)]
         for digit in range(10):
             order = random_of(seed, "digits", digit).permutation(np.flatnonzero(labels == digit))
             middle = len(order) // 2
             half = order[:middle] if _HALVES[modality] == 0 else order[middle:]
             self._free.append([int(index) for index in half[::-1]])
 
-    def take(self, digit: int) -> tuple[NDArray[np.uint8], str]:
-        """Return the picture, uint8 (28, 28), and the source of a digit not handed out before.
+    def take(self, digit: int, split: str) -> tuple[NDArray[np.uint8], str]:
+        """Return the picture, uint8 (28, 28), and the source of a digit.
 
         Raises:
-            GraftlineError: No such digit is left.
+            GraftlineError: No such digit is left for the split.
         """
-        if not self._free[digit]:
+        free, training = self._free[digit], self._training[digit]
+        if free:
+            index = free.pop()
+        elif split == "train" and training:
+            index = training.pop(0)
+        else:
             raise GraftlineError(
-                f"no handwritten {digit} is left for the {self._modality} data; each serves one "
-                "row only. Ask for fewer rows (at most 2,500 over all splits)."
+                f"no handwritten {digit} is left for the {split} split of the {self._modality} "
+                "data; held-out rows have one each, and training needs some. Ask for fewer rows "
+                "(at most 2,000 held-out ones)."
             )
-        index = self._free[digit].pop()
+        if split == "train":
+            training.append(index)
         return self._pictures[index], f"mnist-5k:{index}"
+
+
+def held_out_first(split_sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Return splits and their sizes in the order in which `Digits` serves them."""
+    return sorted(split_sizes.items(), key=lambda item: (item[0] == "train", item[0]))
 
 
 def resize(picture: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftline.data import wording
-from graftline.data.drawing import Digits, check_sizes, class_of, make_row, random_of, resize
+from graftline.data.drawing import (
+    Digits,
+    check_sizes,
+    class_of,
+    held_out_first,
+    make_row,
+    random_of,
+    resize,
+)
 from graftline.data.encoding import encode_png
 from graftline.data.rows import Row
 
@@ -52,7 +60,7 @@ def generate(
         cache: Folder of cached parts.
 
     Returns:
-        The rows of each split; no digit serves two rows.
+        The rows of each split; no digit serves two splits.
 
     Raises:
         GraftlineError: A size is not positive, or there are not enough digits.
@@ -60,12 +68,12 @@ def generate(
     check_sizes(split_sizes)
     digits = Digits("image", seed, cache)
     rows: dict[str, list[Row]] = {split: [] for split in split_sizes}
-    for split, size in split_sizes.items():
+    for split, size in held_out_first(split_sizes):
         for index in range(size):
             rng = random_of(seed, "image", split, index)
             digit = class_of(index, len(wording.DIGITS))
             ink, paper = PAIRS[int(rng.integers(len(PAIRS)))]
-            picture, source = digits.take(digit)
+            picture, source = digits.take(digit, split)
             media = encode_png(paint(resize(picture, SIDE), ink, paper))
             question = (wording.QUESTION, wording.DIGITS[digit])
             captions = (wording.CAPTION, wording.image_captions(digit, ink, paper))

@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftline.data import wording
-from graftline.data.drawing import Digits, check_sizes, class_of, make_row, random_of, resize
+from graftline.data.drawing import (
+    Digits,
+    check_sizes,
+    class_of,
+    held_out_first,
+    make_row,
+    random_of,
+    resize,
+)
 from graftline.data.encoding import encode_animated_png
 from graftline.data.rows import Row
 
@@ -82,7 +90,7 @@ def generate(
         question: Ask for digit and direction, or for the direction alone.
 
     Returns:
-        The rows of each split; no digit serves two rows.
+        The rows of each split; no digit serves two splits.
 
     Raises:
         GraftlineError: A size is not positive, or there are not enough digits.
@@ -90,13 +98,13 @@ def generate(
     check_sizes(split_sizes)
     digits = Digits("video", seed, cache)
     rows: dict[str, list[Row]] = {split: [] for split in split_sizes}
-    for split, size in split_sizes.items():
+    for split, size in held_out_first(split_sizes):
         for index in range(size):
             rng = random_of(seed, "video", split, index)
             digit, direction = kind_of(index)
             speed = wording.SPEEDS[int(rng.integers(len(wording.SPEEDS)))]
             shift = rng.integers(-JITTER, JITTER + 1, size=2)
-            picture, source = digits.take(digit)
+            picture, source = digits.take(digit, split)
             frames = film(picture, direction, speed, (int(shift[0]), int(shift[1])))
             media = encode_animated_png(frames, FRAME_MILLISECONDS)
             asked = wording.video_question(question, digit, direction)

@@ -1,9 +1,9 @@
 """The report of a run: `metrics.json`, `scores.csv`, `examples.csv`, and tables over seeds.
 
 `metrics.json` holds numbers in the units of their definitions: gains in per cent, scores from 0
-to 1, `wall_seconds` in seconds, `peak_rss_bytes` in bytes. It is strict JSON: what is undefined
-is `null`, and `undefined` says why. `examples.csv` keeps every example's score, so that
-intervals over several seeds can be computed later from the folders alone.
+to 1, `wall_seconds` and `computing_seconds` in seconds, `peak_rss_bytes` in bytes. It is strict
+JSON: what is undefined is `null`, and `undefined` says why. `examples.csv` keeps every example's
+score, so that intervals over several seeds can be computed later from the folders alone.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class RunScores:
         order: The modality of each stage.
         cells: Scores; at least those of the last stage's `final` model on every modality.
         wall_seconds: Duration of the run.
+        computing_seconds: What its steps took, by whichever run they were computed.
         peak_rss_bytes: Peak resident memory.
         data_md5: The version of the data, from `data.dvc`.
         fingerprint: Fingerprint of the run's last step.
@@ -103,6 +104,7 @@ class RunScores:
     order: tuple[str, ...]
     cells: tuple[ScoreCell, ...]
     wall_seconds: float
+    computing_seconds: float
     peak_rss_bytes: int
     data_md5: str
     fingerprint: str
@@ -230,6 +232,7 @@ def metrics_of(run: RunScores, replicates: int = 2000) -> dict[str, Any]:
         "text_perplexity_before": run.text_perplexity_before,
         "text_perplexity_after": run.text_perplexity_after,
         "wall_seconds": run.wall_seconds,
+        "computing_seconds": run.computing_seconds,
         "peak_rss_bytes": run.peak_rss_bytes,
         "data_md5": run.data_md5,
         "fingerprint": run.fingerprint,
@@ -299,6 +302,7 @@ _SCALARS = (
     "method",
     "seed",
     "wall_seconds",
+    "computing_seconds",
     "peak_rss_bytes",
     "data_md5",
     "fingerprint",

@@ -28,7 +28,7 @@ class SummaryRow:
         intervals: The headlines, and `scores.<modality>`; averaged over seeds.
         text_perplexity_before: Mean over seeds; `None` if a run lacks it.
         text_perplexity_after: The same for the last model.
-        wall_seconds: Mean over seeds.
+        computing_seconds: What all steps took, mean over seeds.
     """
 
     recipe: str
@@ -39,7 +39,7 @@ class SummaryRow:
     intervals: dict[str, Interval]
     text_perplexity_before: float | None
     text_perplexity_after: float | None
-    wall_seconds: float
+    computing_seconds: float
 
 
 def summarise_runs(folders: Iterable[Path | str], replicates: int = 2000) -> list[SummaryRow]:
@@ -112,7 +112,7 @@ def _summary(runs: list[RunScores], replicates: int) -> SummaryRow:
         intervals=found,
         text_perplexity_before=_mean([run.text_perplexity_before for run in runs]),
         text_perplexity_after=_mean([run.text_perplexity_after for run in runs]),
-        wall_seconds=math.fsum(run.wall_seconds for run in runs) / len(runs),
+        computing_seconds=math.fsum(run.computing_seconds for run in runs) / len(runs),
     )
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +40,15 @@ def convert_gguf(gguf_path: Path, out_folder: Path) -> None:
 
     folder, name = str(gguf_path.parent), gguf_path.name
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            gguf_file=name,
-            dtype=torch.float32,
-            local_files_only=True,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
+        with _parsed_once():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                gguf_file=name,
+                dtype=torch.float32,
+                local_files_only=True,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
     except Exception as error:
         raise GraftlineError(
             f"{gguf_path}: cannot be read as a causal LM ({error}); delete it so that it is "
@@ -54,6 +58,23 @@ def convert_gguf(gguf_path: Path, out_folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     _save(model.to(torch.bfloat16), tokenizer, out_folder)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Keeps what `gguf` parses while `transformers` asks again, which takes most of the time.
+
+    It reads the file three times (config, weights, tokenizer), and makes its table of tensor names
+    anew for each module of the model.
+    """
+    import gguf
+
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(reader), cache(names)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names  # type: ignore[misc]
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

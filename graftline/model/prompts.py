@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from graftline.errors import GraftlineError
@@ -57,6 +58,10 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.media_tokens = dict(media_tokens)
         self.system_prompt = system_prompt
+        # A data set asks a few questions thousands of times.
+        self._rendered = lru_cache(maxsize=16)(self._render)
+        self._template = lru_cache(maxsize=64)(self._read_template)
+        self._text = lru_cache(maxsize=65536)(self._read_text)
         self.modality_numbers = {name: 1 + i for i, name in enumerate(sorted(media_tokens))}
         self.pad_id: int = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -100,12 +105,7 @@ class PromptEncoder:
         system = [self.system_prompt] if self.system_prompt else []
         contents: list[MediaSlot | str] = [*system, *parts]
         stand_ins = [f"\ue000{number}\ue001" for number in range(len(contents))]
-        messages = [{"role": "user", "content": "".join(stand_ins[len(system) :])}]
-        if system:
-            messages.insert(0, {"role": "system", "content": stand_ins[0]})
-        rest = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        rest = self._rendered(tuple(stand_ins), bool(system))
         pieces: list[MediaSlot | list[int]] = []
         for stand_in, content in zip(stand_ins, contents, strict=True):
             before, found, rest = rest.partition(stand_in)
@@ -116,9 +116,17 @@ class PromptEncoder:
         pieces.append(self._template(rest))
         return pieces
 
-    def _template(self, text: str) -> list[int]:
+    def _render(self, stand_ins: tuple[str, ...], has_system: bool) -> str:
+        messages = [{"role": "user", "content": "".join(stand_ins[has_system:])}]
+        if has_system:
+            messages.insert(0, {"role": "system", "content": stand_ins[0]})
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+
+    def _read_template(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _text(self, text: str) -> list[int]:
+    def _read_text(self, text: str) -> list[int]:
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return list(encoded["input_ids"])

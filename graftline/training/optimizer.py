@@ -41,19 +41,16 @@ class MasterAdamW:
         self.groups = list(groups)
         self.clip_norm = clip_norm
         self._flats = [_flatten(group.parameters) for group in self.groups]
-        self._gradients = [torch.zeros_like(flat) for flat in self._flats]
         self._masters = [
             flat if flat.dtype == torch.float32 else flat.float() for flat in self._flats
         ]
-        for group, gradient in zip(self.groups, self._gradients, strict=True):
-            _view_gradients(group.parameters, gradient)
         self._means = [torch.zeros_like(master) for master in self._masters]
         self._squares = [torch.zeros_like(master) for master in self._masters]
         self.weight_decay = weight_decay
         self._steps = 0
 
     def step(self, rate_factor: float) -> float:
-        """Applies the gathered gradients and clears them.
+        """Applies the parameters' gradients and clears them.
 
         Args:
             rate_factor: the schedule's value in 0..1, times each group's learning rate.
@@ -61,31 +58,41 @@ class MasterAdamW:
         Returns:
             L2 norm of all gradients before clipping.
         """
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in self._gradients]
+        parameters = [parameter for group in self.groups for parameter in group.parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients]
         norm = float(torch.linalg.vector_norm(torch.stack([value.cpu() for value in norms])))
         scale = min(1.0, self.clip_norm / (norm + 1e-6))
         self._steps += 1
         for number, group in enumerate(self.groups):
-            self._update(number, group.learning_rate * rate_factor, scale)
+            self._update(number, group, group.learning_rate * rate_factor, scale)
         return norm
 
     @torch.no_grad()
-    def _update(self, number: int, learning_rate: float, scale: float) -> None:
+    def _update(
+        self, number: int, group: ParameterGroup, learning_rate: float, scale: float
+    ) -> None:
         """One group's step, in pieces that stay in the cache from gradient to new weight."""
         flat, master = self._flats[number], self._masters[number]
-        tensors = (self._gradients[number], master, self._means[number], self._squares[number])
-        steps = [torch.tensor(float(self._steps), device=master.device)]
-        for start in range(0, master.numel(), PIECE):
-            gradient, weight, mean, square = (t[start : start + PIECE] for t in tensors)
-            scaled = gradient.float().mul_(scale)
-            adamw(
-                [weight], [scaled], [mean], [square], [], [steps[0].clone().sub_(1)],
-                fused=True, amsgrad=False, beta1=0.9, beta2=0.999, lr=learning_rate,
-                weight_decay=self.weight_decay, eps=1e-8, maximize=False,
-            )  # fmt: skip
-            gradient.zero_()
-            if flat is not master:
-                flat[start : start + PIECE].copy_(weight)
+        means, squares = self._means[number], self._squares[number]
+        before = torch.tensor(float(self._steps - 1), device=master.device)
+        divisor = torch.tensor(1.0 / scale, device=master.device)
+        offset = 0
+        for parameter in group.parameters:
+            whole = _flat_gradient(parameter)
+            for start in range(0, len(whole), PIECE):
+                piece = whole[start : start + PIECE]
+                place = slice(offset + start, offset + start + len(piece))
+                adamw(
+                    [master[place]], [piece.float()], [means[place]], [squares[place]], [],
+                    [before.clone()], fused=True, amsgrad=False, beta1=0.9, beta2=0.999,
+                    lr=learning_rate, weight_decay=self.weight_decay, eps=1e-8, maximize=False,
+                    grad_scale=divisor, found_inf=None,
+                )  # fmt: skip
+                if flat is not master:
+                    flat[place].copy_(master[place])
+            offset += len(whole)
+            parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, as named tensors."""
@@ -118,8 +125,7 @@ def _flatten(parameters: Sequence[nn.Parameter]) -> Tensor:
     return flat
 
 
-def _view_gradients(parameters: Sequence[nn.Parameter], gradient: Tensor) -> None:
-    start = 0
-    for parameter in parameters:
-        parameter.grad = gradient[start : start + parameter.numel()].view(parameter.shape)
-        start += parameter.numel()
+def _flat_gradient(parameter: nn.Parameter) -> Tensor:
+    """Its gradient (elements,), of zeros if the loss does not depend on it."""
+    gradient = parameter.grad
+    return torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()

@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 RUNS = "select name, status from runs"
-TIMES = ("wall_seconds", "peak_rss_bytes")
+TIMES = ("wall_seconds", "computing_seconds", "peak_rss_bytes")
 
 
 def _metrics(project) -> dict[str, object]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from graftline.data import sounds, videos, wording
-from graftline.data.drawing import Digits
+from graftline.data.drawing import Digits, held_out_first
 from graftline.data.images import PAIRS, paint
 from graftline.data.parts import MNIST_5K, TIMGM6MB, fetch
 from graftline.data.rows import MODALITIES, SPLITS, TASKS, decode, read_split
@@ -68,19 +68,36 @@ def test_no_media_twice_and_no_source_in_two_splits(built: Path) -> None:
     assert all(len(splits) == 1 for splits in splits_of.values())
 
 
-def test_digits_are_handed_out_once() -> None:
+def test_held_out_digits_are_handed_out_once() -> None:
     images, films = Digits("image", 0, None), Digits("video", 0, None)
-    sources = [digits.take(3)[1] for digits in (images, films) for _ in range(250)]
+    sources = [digits.take(3, "test")[1] for digits in (images, films) for _ in range(250)]
     assert len(set(sources)) == 500
-    with pytest.raises(GraftlineError, match="no handwritten 3 is left"):
-        images.take(3)
+    for split in ("test", "train"):
+        with pytest.raises(GraftlineError, match=f"no handwritten 3 is left for the {split}"):
+            images.take(3, split)
+
+
+def test_training_digits_come_back_in_turn_and_stay_in_training() -> None:
+    digits = Digits("image", 0, None)
+    held_out = {digits.take(3, split)[1] for split in ("validation", "test") for _ in range(100)}
+    training = [digits.take(3, "train")[1] for _ in range(300)]
+    assert len(set(training)) == 50 and training[50:100] == training[:50]
+    assert not held_out & set(training)
+    with pytest.raises(GraftlineError, match="no handwritten 3 is left for the test"):
+        digits.take(3, "test")
+
+
+def test_held_out_splits_are_served_first_whatever_the_order_of_sizes() -> None:
+    assert held_out_first({"train": 9, "test": 2, "validation": 1}) == [
+        ("test", 2), ("validation", 1), ("train", 9)
+    ]  # fmt: skip
 
 
 def test_digit_pictures_carry_their_labels() -> None:
     digits = Digits("image", 0, None)
     table = np.genfromtxt(fetch(MNIST_5K), delimiter=",", dtype=np.int64, usecols=784)
     for digit in range(10):
-        picture, source = digits.take(digit)
+        picture, source = digits.take(digit, "train")
         assert picture.shape == (28, 28)
         assert table[int(source.split(":")[1])] == digit
 
