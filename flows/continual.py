@@ -17,7 +17,7 @@ from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
 from tasks.interruption import closed_when_stopped
-from tasks.preflight import check_disk, check_store
+from tasks.preflight import check_disk, check_folders
 from tasks.records import recorded_run
 from tasks.references import DataVersion, Place
 from tasks.report import record_stage, register_model, write_run_report
@@ -38,7 +38,7 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
         The report's folder.
     """
     recipe = load_recipe(recipe_path, overrides)
-    check_store(recipe.store)
+    check_folders(recipe)
     close_dead_runs(recipe.store)
     Store(recipe.store).sweep()
     started = time.monotonic()

@@ -198,8 +198,15 @@ class Planner:
         return Model(kept, {**model.connectors, **dict.fromkeys(modalities, tuned)})
 
     def merge(self, previous: Reference, vanilla: Reference, stage: int) -> Reference:
-        """MERA step 3, eq. 4.1: theta_i from theta_{i-1} and theta_i^v."""
-        parameters = {"rule": self.recipe.merge.rule, "stage": stage}
+        """MERA step 3: theta_i from theta_{i-1} and theta_i^v.
+
+        By eq. 4.1, or [ours] by another rule on what the two have learned since theta_0.
+        """
+        rule = self.recipe.merge.rule
+        if rule != "running-average":
+            both = {"before": previous, "vanilla": vanilla}
+            return self._combine(rule, self.recipe.merge.parameters, both, stage, "merge")
+        parameters = {"rule": rule, "stage": stage}
         parents = {"previous": previous, "vanilla": vanilla}
         return self._add("merge", parameters, parents, f"stage {stage}: merge", stage)
 
@@ -226,8 +233,18 @@ class Planner:
     def compose(self, rule: str, experts: Mapping[str, Model]) -> Reference:
         """theta* from experts that were trained apart from theta_0, in the order given."""
         given = {str(name): values for name, values in self.recipe.compose.parameters.items()}
-        chosen = given.get(rule, {})
-        checked = parameters_for(rule_named(rule), chosen, len(experts))
+        backbones = {name: model.backbone for name, model in experts.items()}
+        return self._combine(rule, given.get(rule, {}), backbones, len(experts), "compose")
+
+    def _combine(
+        self,
+        rule: str,
+        given: Mapping[str, Any],
+        experts: Mapping[str, Reference],
+        stage: int,
+        what: str,
+    ) -> Reference:
+        checked = parameters_for(rule_named(rule), given, len(experts))
         parameters = {
             "rule": rule,
             "parameters": checked.model_dump(mode="json"),
@@ -235,8 +252,8 @@ class Planner:
             "seed": self.recipe.seed,
         }
         parents = {"base": self.backbone()}
-        parents |= {f"expert.{name}": model.backbone for name, model in experts.items()}
-        return self._add("compose", parameters, parents, f"{rule}: compose", len(experts))
+        parents |= {f"expert.{name}": backbone for name, backbone in experts.items()}
+        return self._add("compose", parameters, parents, f"{rule}: {what}", stage)
 
     def evaluate(self, model: Model, modality: str, stage: int, point: str) -> Reference:
         """Answers and scores of one modality's rows."""

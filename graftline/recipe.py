@@ -19,6 +19,7 @@ ContinualName = Literal[
 CompositionName = Literal[
     "average", "task-arithmetic", "ties", "dare-ties", "consensus", "pcb", "emr", "mmer", "route"
 ]
+MergeName = Literal["running-average", "average", "task-arithmetic", "ties", "dare-ties", "pcb"]
 MethodName = Literal[ContinualName, CompositionName]
 Fraction = Field(gt=0.0, le=1.0)
 
@@ -109,7 +110,14 @@ class ReplaySettings(Part):
 class MergeSettings(Part):
     """How theta_{i-1} and theta_i^v become theta_i."""
 
-    rule: Literal["running-average"] = "running-average"
+    rule: MergeName = Field(
+        "running-average",
+        description="MERA's eq. 4.1, or a rule of `graftline merge` on the two, from theta_0",
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=dict,
+        description="of the rule; what is left out keeps the paper's default",
+    )
 
 
 class ComposeSettings(Part):

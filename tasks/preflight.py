@@ -9,8 +9,11 @@ from pathlib import Path
 
 from graftline.errors import GraftlineError
 from graftline.execution import is_done
+from graftline.recipe import Recipe
 from graftline.run_plan import RunPlan
 from graftline.store import Store
+from tasks import tracking
+from tasks.outputs import report_folder
 
 # bf16 folder of each backbone, in bytes; training keeps an fp32 copy and two moments beside it.
 _BACKBONE_BYTES = {"smollm2-135m-instruct": 300_000_000, "tiny-random": 2_000_000}
@@ -23,22 +26,32 @@ class PreflightError(GraftlineError):
     """What stands in the way of a run; the message lists every problem."""
 
 
-def check_store(store: str) -> None:
-    """Makes the store's folder and writes into it.
+def check_folders(recipe: Recipe) -> None:
+    """Writes a file where the run will write: its artifacts, its report, MLflow's database.
 
     Raises:
-        PreflightError: it cannot be written.
+        PreflightError: lists every folder that cannot be written, and what to do.
     """
-    folder = Path(store)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PreflightError(
-            f"{folder}: the artifact store cannot be written ({error.strerror}); make it writable "
-            "or choose another folder with --set store=<folder>"
-        ) from error
+    wanted = {
+        Path(recipe.store): "make it writable or choose another folder with --set store=<folder>",
+        report_folder(recipe): "move away what is in its place, or make it writable",
+    }
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        wanted[tracking.FOLDER] = "move away what is in its place, or make it writable"
+    problems = []
+    for folder, advice in wanted.items():
+        try:
+            with tempfile.TemporaryFile(dir=_nearest(folder)):
+                pass
+        except OSError as error:
+            problems.append(f"{folder}: cannot be written ({error.strerror}); {advice}")
+    if problems:
+        raise PreflightError("\n".join(problems))
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or what stands where its first missing parent would be made."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def bytes_needed(plan: RunPlan, store: Store) -> int:

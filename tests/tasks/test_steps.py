@@ -13,17 +13,18 @@ from graftline.recipe import load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
 from tasks.data import by_modality, inside_dvc
-from tasks.preflight import bytes_needed, check_disk
+from tasks.preflight import bytes_needed, check_disk, check_folders
 from tasks.steps import TASKS, by_stage, is_passing, unfinished
 from tasks.tracking import flat
 
 ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "params/tiny.yaml"
 MODALITIES = ("image", "audio", "video", "point_cloud")
 FILES = {name: dict.fromkeys(("train", "validation", "test"), "0") for name in MODALITIES}
 
 
 def _plan(method: str):
-    return plan_run(load_recipe(ROOT / "params/tiny.yaml", {"method": method}), FILES)
+    return plan_run(load_recipe(TINY, {"method": method}), FILES)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,21 @@ def test_disk_estimate(tmp_path, monkeypatch):
     monkeypatch.setattr("tasks.preflight.shutil.disk_usage", lambda _: full)
     with pytest.raises(GraftlineError, match="GB"):
         check_disk(plan, store)
+
+
+def test_every_unwritable_folder_is_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_folders(load_recipe(TINY))
+    assert list(tmp_path.iterdir()) == []
+    for name in ("artifacts", "reports", "mlruns"):
+        (tmp_path / name).write_text("in the way")
+    with pytest.raises(GraftlineError) as raised:
+        check_folders(load_recipe(TINY))
+    lines = str(raised.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "artifacts", "reports/tiny/mera/seed-0", "mlruns"
+    ]  # fmt: skip
+    assert all("cannot be written" in line for line in lines)
 
 
 def test_checksums_by_modality():

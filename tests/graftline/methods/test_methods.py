@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from graftline.merging.rules import UnknownRule
 
+from graftline.merging.rules import UnknownRule
 from graftline.plan import Reference
 from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan, plan_run
@@ -49,6 +49,21 @@ def test_a_method_costs_what_it_says(
     assert len(kinds(run, "fine-tune")) == fine_tunings
     assert len(kinds(run, "merge")) == merges
     assert len(kinds(run, "realign")) == realignings
+
+
+def test_mera_may_merge_by_another_rule() -> None:
+    changes = {"merge.rule": "ties", "merge.parameters": {"density": 0.5}}
+    run = plan("mera", **changes)
+    assert not kinds(run, "merge")
+    assert len(kinds(run, "compose")) == 3
+    for before, stage in zip(run.stages, run.stages[1:], strict=False):
+        merge = run.steps[stage.final.backbone]
+        assert merge.parameters["parameters"]["density"] == 0.5
+        assert merge.parents["expert.before"] == before.final.backbone
+        assert merge.parents["expert.vanilla"] == stage.vanilla.backbone
+        assert run.steps[merge.parents["base"]].kind == "backbone"
+    with pytest.raises(UnknownRule, match="did you mean 'density'"):
+        plan("mera", **{**changes, "merge.parameters": {"densty": 0.5}})
 
 
 def test_vanilla_starts_from_the_model_before_and_the_merge_comes_after() -> None:

@@ -1,0 +1,80 @@
+"""Several runs at once, and a disk that fills up: nothing is lost, nothing is broken."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+TIMES = ("wall_seconds", "computing_seconds", "peak_rss_bytes")
+
+
+def metrics_of(project, method: str = "mera") -> dict[str, object]:
+    path = project.folder / f"reports/tiny/{method}/seed-0/metrics.json"
+    return {k: v for k, v in json.loads(path.read_text()).items() if k not in TIMES}
+
+
+def test_two_runs_at_once_end_in_one_result(fresh, finished):
+    both = [fresh.start("run", "params/tiny.yaml") for _ in range(2)]
+    for process in both:
+        text, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, text
+        assert "Traceback" not in text
+    assert metrics_of(fresh) == metrics_of(finished)
+    assert set(fresh.artifacts()) == set(finished.artifacts())
+    runs = fresh.mlflow("select status from runs where name = 'mera seed 0'")
+    assert {status for (status,) in runs} == {"FINISHED"}
+    assert not list((fresh.folder / "artifacts/.runs").iterdir())
+    assert fresh.left_over() == []
+
+
+@pytest.fixture
+def small_disk(fresh):
+    """A file system of its own for the artifacts, where that is allowed."""
+    store = fresh.folder / "artifacts"
+    store.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(store)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("no file system can be mounted here")
+    yield store
+    subprocess.run(["umount", "--lazy", str(store)], check=True)
+
+
+def fill(store: Path) -> Path:
+    """Takes what is left of the file system."""
+    filler = store / "filler"
+    with filler.open("wb", buffering=0) as stream:
+        try:
+            while True:
+                stream.write(bytes(1 << 16))
+        except OSError:
+            return filler
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing(small_disk, fresh, finished):
+    process = fresh.start("run", "params/tiny.yaml")
+    fresh.wait_for_artifacts(3, process)
+    filler = fill(small_disk)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, text
+    assert "Traceback" not in text
+    assert "No space left" in text.replace("\n", " ")
+    done = fresh.artifacts()
+    filler.unlink()
+    code, text = fresh.run("run", "params/tiny.yaml")
+    assert code == 0, text
+    after = fresh.artifacts()
+    assert {name: after[name] for name in done} == done
+    assert metrics_of(fresh) == metrics_of(finished)
+    deadline = time.monotonic() + 10
+    while fresh.processes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert fresh.processes() == []
