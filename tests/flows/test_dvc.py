@@ -1,0 +1,88 @@
+"""`dvc repro` and its companions on the repository's own dvc.yaml, with the tiny recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Copy:
+    """A working copy under git and DVC, whose dvc.yaml names the tiny recipe."""
+
+    def __init__(self, project) -> None:
+        self.folder = project.folder
+        self.environment = project.environment()
+        self.environment["PATH"] = os.pathsep.join(
+            [str(Path(sys.executable).parent), self.environment["PATH"]]
+        )
+        for name in ("flows", "graftline", "tasks"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, self.folder / name, ignore=ignored)
+        for name in (".gitignore", ".dvcignore"):
+            shutil.copy(ROOT / name, self.folder / name)
+        text = (ROOT / "dvc.yaml").read_text().replace("starter", "tiny")
+        (self.folder / "dvc.yaml").write_text(text)
+        shutil.copytree(ROOT / ".dvc", self.folder / ".dvc", ignore=lambda *_: ["cache", "tmp"])
+        self.run("git", "init", "--quiet")
+        self.run("git", "config", "user.email", "tests@example.org")
+        self.run("git", "config", "user.name", "tests")
+        self.run("dvc", "add", "--quiet", "data")
+        self.commit()
+
+    def commit(self) -> None:
+        self.run("git", "add", "--all")
+        self.run("git", "commit", "--quiet", "--message", "a version")
+
+    def read(self, *command: str) -> dict[str, Any]:
+        """What a command prints as JSON; its warnings go elsewhere."""
+        return json.loads(self.complete(*command).stdout)
+
+    def run(self, *command: str) -> str:
+        done = self.complete(*command)
+        return done.stdout + done.stderr
+
+    def complete(self, *command: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True,
+            timeout=400, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}: {done.stdout[-2000:]} {done.stderr[-2000:]}"
+        return done
+
+
+def test_every_parameter_that_dvc_watches_is_in_the_recipe() -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    for stage in stages.values():
+        for watched in stage["params"]:
+            for file, keys in watched.items():
+                assert set(keys) <= set(yaml.safe_load((ROOT / file).read_text())), file
+
+
+def test_repro_metrics_plots_and_experiments(copy):
+    project = Copy(copy)
+    assert "Running stage 'mera'" in project.run("dvc", "repro", "mera", "finetune")
+    again = project.run("dvc", "repro", "mera", "finetune")
+    assert "Running stage" not in again and "didn't change" in again
+    project.commit()
+    shown = project.read("dvc", "metrics", "show", "--json")
+    files = {f"reports/tiny/{method}/seed-0/metrics.json" for method in ("mera", "finetune")}
+    assert files <= set(shown[""]["data"])
+    page = project.complete("dvc", "plots", "show").stdout.strip().removeprefix("file://")
+    text = Path(page).read_text()
+    assert "reports/tiny/mera/seed-0/scores.csv" in text and "stages.png" in text
+    project.run("dvc", "exp", "run", "-S", "params/tiny.yaml:replay.fraction=0.5", "mera")
+    changed = project.read("dvc", "metrics", "diff", "--json")
+    assert set(changed) == {"reports/tiny/mera/seed-0/metrics.json"}
+    values = yaml.safe_load((project.folder / "params/tiny.yaml").read_text())
+    assert values["replay"]["fraction"] == 0.5
