@@ -3,7 +3,8 @@
 `metrics.json` holds numbers in the units of their definitions: gains in per cent, scores from 0
 to 1, `wall_seconds` and `computing_seconds` in seconds, `peak_rss_bytes` in bytes. It is strict
 JSON: what is undefined is `null`, and `undefined` says why. `examples.csv` keeps every example's
-score, so that intervals over several seeds can be computed later from the folders alone.
+score, a row a cell, so that intervals over several seeds can be computed later from the folders
+alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Place = tuple[str, int, str]
 """A model's place: (point, stage, modality scored); the stage of an expert is 0."""
 
 CSV_COLUMNS = ("stage", "stage_modality", "modality", "task", "point", "metric", "score", "n")
-_EXAMPLE_COLUMNS = ("stage", "stage_modality", "modality", "task", "point", "metric", "score")
+_EXAMPLE_COLUMNS = ("stage", "stage_modality", "modality", "task", "point", "metric", "scores")
 HEADLINES = ("brg", "brg_mean", "frg_mean", "retention")
 
 
@@ -264,9 +265,8 @@ def write_report(folder: Path, run: RunScores, replicates: int = 2000) -> dict[s
     text = _strict_json(metrics, f"metrics of {run.method}, seed {run.seed}")
     folder.mkdir(parents=True, exist_ok=True)
     examples = [
-        [*(getattr(cell, column) for column in _EXAMPLE_COLUMNS[:-1]), repr(float(score))]
+        [*(getattr(cell, column) for column in _EXAMPLE_COLUMNS[:-1]), _joined(cell.examples)]
         for cell in run.cells
-        for score in cell.examples
     ]
     atomic_write_text(folder / "examples.csv", _csv_text(_EXAMPLE_COLUMNS, examples))
     atomic_write_text(folder / "scores.csv", scores_csv(run))
@@ -282,12 +282,9 @@ def read_report(folder: Path) -> RunScores:
     """
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        groups: dict[tuple[str, ...], list[float]] = {}
+        csv.field_size_limit(1 << 30)  # a field holds as many scores as the test set has rows
         with (folder / "examples.csv").open(encoding="utf-8", newline="") as stream:
-            for row in csv.DictReader(stream):
-                key = tuple(row[column] for column in _EXAMPLE_COLUMNS[:-1])
-                groups.setdefault(key, []).append(float(row["score"]))
-        cells = tuple(_cell(key, scores) for key, scores in groups.items())
+            cells = tuple(_cell(row) for row in csv.DictReader(stream))
         scalars = {name: metrics[name] for name in _SCALARS}
         return RunScores(order=tuple(metrics["order"]), cells=cells, **scalars)
     except (OSError, KeyError, TypeError, ValueError) as error:
@@ -311,10 +308,18 @@ _SCALARS = (
 )
 
 
-def _cell(key: tuple[str, ...], scores: Iterable[float]) -> ScoreCell:
-    stage, stage_modality, modality, task, point, metric = key
+def _joined(scores: Iterable[float]) -> str:
+    """Every score, exactly, in the order of the rows."""
+    return " ".join(repr(float(score)).removesuffix(".0") for score in scores)
+
+
+def _cell(row: Mapping[str, str]) -> ScoreCell:
+    stage, stage_modality, modality, task, point, metric, scores = (
+        row[column] for column in _EXAMPLE_COLUMNS
+    )
     checked: Any = point
-    return ScoreCell(int(stage), stage_modality, modality, task, checked, metric, tuple(scores))
+    examples = tuple(float(score) for score in scores.split())
+    return ScoreCell(int(stage), stage_modality, modality, task, checked, metric, examples)
 
 
 def _task_score(cell: ScoreCell) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def make_run(seed: int = 0, method: str = "mera", level: float = 0.8, n: int = 3
             found += cells(stage, modality, "final")
         found += cells(0, added, "expert")
     return RunScores(
-        "tiny", method, seed, ORDER, tuple(found), 12.5, 10**9, "abc", "f0", 20.0, 21.5
+        "tiny", method, seed, ORDER, tuple(found), 12.5, 11.0, 10**9, "abc", "f0", 20.0, 21.5
     )
 
 
@@ -104,6 +104,12 @@ def test_a_report_reads_back_exactly_and_writes_the_same_bytes(tmp_path: Path) -
     write_report(tmp_path / "b", read_report(tmp_path / "a"), 100)
     for name in ("metrics.json", "scores.csv", "examples.csv"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_large_test_set_reads_back(tmp_path: Path) -> None:
+    run = make_run(n=8000)
+    write_report(tmp_path, run, 2)
+    assert read_report(tmp_path) == run
 
 
 def test_undefined_gains_are_null_with_a_reason(tmp_path: Path) -> None:
