@@ -69,7 +69,7 @@ def run(
     console.print(
         f"[bold]{chosen.name}[/]: {chosen.method}, {' → '.join(chosen.order)}, seed {chosen.seed}"
     )
-    folder = run_recipe(str(recipe), chosen, overrides, console)
+    folder = run_recipe(str(recipe), overrides, console)
     from flows.showing import print_report
 
     print_report(out, folder)
@@ -107,6 +107,28 @@ def table(recipe: RecipePath) -> None:
     if not folders:
         raise GraftlineError(f"no run of {recipe} is finished yet; run: graftline run {recipe}")
     out.print(summary_of(folders), soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def search(
+    recipe: RecipePath,
+    rule: Annotated[
+        list[str] | None, typer.Option(help="A merge rule; all that have parameters if left out.")
+    ] = None,
+    seed: Seed = None,
+    settings: Settings = None,
+) -> None:
+    """Choose merge rules' parameters on validation rows, with the same small budget for each."""
+    prepare()
+    overrides = _overrides(None, seed, settings)
+    _recipe(recipe, overrides)
+    from flows.searching import describe
+    from flows.searching import search as search_rules
+    from graftline.methods.search import CANDIDATES
+
+    rules = rule or list(CANDIDATES)
+    for file in search_rules(str(recipe), rules, overrides, console):
+        out.print(f"{describe(file)}\n   {file}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

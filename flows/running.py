@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from graftline.recipe import load_recipe
 from tasks.server import Server
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from graftline.recipe import Recipe
+
+def run_recipe(path: str, overrides: Mapping[str, Any], console: Console) -> str:
+    """Runs the flow `continual` once and returns the report's folder; see `run_recipes`."""
+    [folder] = run_recipes(path, [overrides], console)
+    return folder
 
 
-def run_recipe(path: str, recipe: Recipe, overrides: Mapping[str, Any], console: Console) -> str:
-    """Runs the flow `continual` and returns the report's folder.
+def run_recipes(path: str, runs: Sequence[Mapping[str, Any]], console: Console) -> Iterator[str]:
+    """Runs the flow `continual`, one run after another, beside one server.
 
     Args:
         path: the recipe's file.
-        recipe: what it says, with the overrides.
-        overrides: dotted key -> value.
+        runs: for each run, dotted key -> value that wins over the file.
         console: for progress bars.
 
+    Yields:
+        The report's folder of each run, when it is finished.
+
     Raises:
-        GraftlineError: the run cannot be done; finished steps are kept.
+        GraftlineError: a run cannot be done; finished steps are kept.
     """
     with Server() as server:
-        with console.status("starting") if console.is_terminal else _nothing():
+        with console.status("starting") if console.is_terminal else nullcontext():
             from flows.continual import continual
             from graftline.progress import shown
 
             server.wait()
             _quiet()
-        name = f"{recipe.name} {recipe.method} seed {recipe.seed}"
         try:
-            with shown(console):
-                return continual.with_options(flow_run_name=name)(path, dict(overrides))
+            for overrides in runs:
+                recipe = load_recipe(path, overrides)
+                name = f"{recipe.name} {recipe.method} seed {recipe.seed}"
+                with shown(console):
+                    folder = continual.with_options(flow_run_name=name)(path, dict(overrides))
+                yield folder
         finally:
             if server.own:
                 drain()
@@ -55,9 +66,3 @@ def _quiet() -> None:
     """Keeps MLflow's and Alembic's chatter off the console."""
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def _nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()

@@ -14,6 +14,11 @@ def report_folder(recipe: Recipe) -> Path:
     return Path("reports") / recipe.name / recipe.method / f"seed-{recipe.seed}"
 
 
+def search_file(recipe: Recipe, rule: str) -> Path:
+    """Where the search of a rule's parameters is recorded."""
+    return Path("reports") / recipe.name / "search" / f"{rule}-seed-{recipe.seed}.json"
+
+
 def pictures(folder: Path) -> list[Path]:
     """The paths of a report's pictures: the score matrix, the scores over stages."""
     return [folder / "scores.png", folder / "stages.png"]

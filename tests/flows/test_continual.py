@@ -113,6 +113,22 @@ def test_composition_needs_no_more_training(copy):
     ]  # fmt: skip
 
 
+def test_a_search_looks_at_validation_rows_alone(copy):
+    before = set(copy.artifacts())
+    code, text = copy.run("search", "params/tiny.yaml", "--rule", "task-arithmetic", seconds=400)
+    assert code == 0, text
+    assert "in the recipe: compose: {parameters: {task-arithmetic:" in text
+    record = json.loads(
+        (copy.folder / "reports/tiny/search/task-arithmetic-seed-0.json").read_text()
+    )
+    assert record["chosen"] in [trial["parameters"] for trial in record["trials"]]
+    added = set(copy.artifacts()) - before
+    assert sum("/compose/" in name for name in added) == record["budget"] == 6
+    for name in added:
+        manifest = json.loads((copy.folder / name).read_text())
+        assert manifest["parameters"].get("split", "validation") == "validation"
+
+
 def test_killed_run_goes_on(fresh, finished):
     process = fresh.start("run", "params/tiny.yaml")
     fresh.wait_for_artifacts(12, process)
