@@ -216,6 +216,10 @@ def _merge(work: Work) -> None:
 def _compose(work: Work) -> None:
     parameters = work.step.parameters
     experts = work.role("expert")
+    names = {
+        work.parents[role].folder / "backbone": f"{parent.kind}/{parent.fingerprint}"
+        for role, parent in work.step.parents.items()
+    }
     request = MergeRequest(
         rule=parameters["rule"],
         base=work.parents["base"].folder / "backbone",
@@ -223,6 +227,7 @@ def _compose(work: Work) -> None:
         out=work.out / "backbone",
         parameters=parameters["parameters"],
         seed=parameters["seed"],
+        names=names,
     )
     merge_checkpoints(request)
     order = json.dumps(parameters["modalities"])

@@ -53,6 +53,7 @@ class MergeRequest:
         keep: prefix of tensor names -> folder they are taken from unchanged; None: the base.
         seed: of DARE's random choices.
         shard_bytes: most weight bytes in a file of the result.
+        names: what the record calls a folder that others may have elsewhere; its path if left out.
     """
 
     rule: str
@@ -63,6 +64,11 @@ class MergeRequest:
     keep: Mapping[str, Path | None] = field(default_factory=dict)
     seed: int = 0
     shard_bytes: int = SHARD_BYTES
+    names: Mapping[Path, str] = field(default_factory=dict)
+
+    def name_of(self, folder: Path) -> str:
+        """What the record calls a folder."""
+        return self.names.get(folder, str(folder))
 
 
 class Building:

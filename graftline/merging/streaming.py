@@ -102,9 +102,12 @@ def _asked(
     content = {
         "rule": request.rule,
         "parameters": parameters.model_dump(),
-        "base": str(request.base),
-        "experts": [str(folder) for folder in request.experts],
-        "keep": {prefix: str(folder or request.base) for prefix, folder in request.keep.items()},
+        "base": request.name_of(request.base),
+        "experts": [request.name_of(folder) for folder in request.experts],
+        "keep": {
+            prefix: request.name_of(folder or request.base)
+            for prefix, folder in request.keep.items()
+        },
         "seed": request.seed,
         "shard_bytes": request.shard_bytes,
         "inputs": [checkpoint.identity() for checkpoint in checkpoints],

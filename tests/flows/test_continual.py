@@ -106,6 +106,8 @@ def test_composition_needs_no_more_training(copy):
     kinds = [name.split("/")[1] for name in set(copy.artifacts()) - before]
     assert sorted(kinds) == sorted(["compose", "evaluate", "evaluate", "evaluate", "evaluate",
                                     "perplexity"] * 2)  # fmt: skip
+    records = list(copy.folder.glob("artifacts/compose/*/backbone/merge.json"))
+    assert records and all(str(copy.folder) not in record.read_text() for record in records)
     code, text = copy.run("table", "params/tiny.yaml")
     assert code == 0, text
     assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| m")] == [
