@@ -63,19 +63,7 @@ def score_matrix(
     """
     count = _check_order(order)
     staged = count == 1 or any(stage < count for stage in scores)
-    rows: list[tuple[float, str, ModalityScores]] = []
-    bottom = 0.5
-    for stage, added in enumerate(order, start=1):
-        if stage in scores:
-            bottom += 1.0
-            label = f"after stage {stage}\n+ {_words(added)}" if staged else "last model"
-            rows.append((bottom - 0.5, label, scores[stage]))
-    stages = set(range(1, count + 1))
-    rule = bottom + 0.15
-    for name, values in (("vanilla", vanilla), ("expert", experts)):
-        if values is not None:
-            bottom += 1.0 if bottom > rule else 1.3
-            rows.append((bottom - 0.5, name, values))
+    rows, rule, bottom = _matrix_rows(order, scores, vanilla, experts, staged)
     figure, axes = _figure(1.35 + 0.62 * bottom)
     norm = Normalize(0.0, 1.0)
     for y, _, values in rows:
@@ -84,11 +72,8 @@ def score_matrix(
                 _cell(axes, x, y, values[modality], norm)
     if bottom > rule:
         axes.axhline(rule, color=_MUTED, lw=1.0)
-    heights = {stage: rows[row][0] for row, stage in enumerate(sorted(set(scores) & stages))}
-    for i, modality in enumerate(order):
-        if staged and modality in scores.get(i + 1, {}):
-            corner = (i - 0.46, heights[i + 1] - 0.46)
-            axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, ec=_INK, lw=2.5))
+    if staged:
+        _outline_diagonal(axes, order, scores, [y for y, _, _ in rows])
     axes.set_xlim(-0.5, count - 0.5)
     axes.set_ylim(bottom + 0.02, 0.48)
     axes.set_xticks(range(count), [_words(m) for m in order])
@@ -136,23 +121,12 @@ def scores_over_stages(
     ends: list[tuple[float, str, str]] = []
     seen: list[float] = []
     for index, modality in enumerate(order):
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        colour = _COLOURS[index % len(_COLOURS)]
         stages = [i for i in range(1, count + 1) if modality in scores.get(i, {})]
         values = [scores[i][modality] for i in stages]
-        seen += values
-        if experts is not None and modality in experts:
-            seen.append(experts[modality])
-            span = [index + 1 - 0.12, count + 0.12]
-            axes.plot(
-                span, [experts[modality]] * 2, color=colour, lw=1.2, ls=(0, (4, 3)), alpha=0.8
-            )
-        axes.plot(stages, values, color=colour, marker=marker, ms=7, lw=2.2, zorder=3)
-        if vanilla is not None and modality in vanilla:
-            seen.append(vanilla[modality])
-            axes.plot(
-                [index + 1 - 0.07], [vanilla[modality]], marker=marker, ms=9, mfc="white",
-                mec=colour, mew=1.8, ls="none", zorder=4,
-            )  # fmt: skip
+        references = [known.get(modality) if known else None for known in (vanilla, experts)]
+        _line(axes, index, stages, values, references, count)
+        seen += [*values, *(value for value in references if value is not None)]
         if stages:
             ends.append((values[-1], modality, colour))
     low = max(0.0, min(seen, default=0.0) - 0.08)
@@ -172,6 +146,63 @@ def scores_over_stages(
     parts += ["Dashed: expert."] if experts else []
     _titles(figure, title or "Scores over stages", " ".join(parts))
     _save(figure, path)
+
+
+def _matrix_rows(
+    order: Sequence[str],
+    scores: StageScores,
+    vanilla: ModalityScores | None,
+    experts: ModalityScores | None,
+    staged: bool,
+) -> tuple[list[tuple[float, str, ModalityScores]], float, float]:
+    """(middle, label, scores) of each row downwards, where stages end, where all ends."""
+    rows: list[tuple[float, str, ModalityScores]] = []
+    bottom = 0.5
+    for stage, added in enumerate(order, start=1):
+        if stage in scores:
+            bottom += 1.0
+            label = f"after stage {stage}\n+ {_words(added)}" if staged else "last model"
+            rows.append((bottom - 0.5, label, scores[stage]))
+    rule = bottom + 0.15
+    for name, values in (("vanilla", vanilla), ("expert", experts)):
+        if values is not None:
+            bottom += 1.0 if bottom > rule else 1.3
+            rows.append((bottom - 0.5, name, values))
+    return rows, rule, bottom
+
+
+def _outline_diagonal(
+    axes: Axes, order: Sequence[str], scores: StageScores, middles: Sequence[float]
+) -> None:
+    """Frame the cells in which a modality was learned."""
+    stages = sorted(set(scores) & set(range(1, len(order) + 1)))
+    heights = dict(zip(stages, middles, strict=False))
+    for i, modality in enumerate(order):
+        if modality in scores.get(i + 1, {}):
+            corner = (i - 0.46, heights[i + 1] - 0.46)
+            axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, ec=_INK, lw=2.5))
+
+
+def _line(
+    axes: Axes,
+    index: int,
+    stages: Sequence[int],
+    values: Sequence[float],
+    references: Sequence[float | None],
+    count: int,
+) -> None:
+    """One modality's line, its vanilla score as a hollow marker, its expert's as a dashed line."""
+    colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+    vanilla, expert = references
+    if expert is not None:
+        span = [index + 1 - 0.12, count + 0.12]
+        axes.plot(span, [expert] * 2, color=colour, lw=1.2, ls=(0, (4, 3)), alpha=0.8)
+    axes.plot(stages, values, color=colour, marker=marker, ms=7, lw=2.2, zorder=3)
+    if vanilla is not None:
+        axes.plot(
+            [index + 1 - 0.07], [vanilla], marker=marker, ms=9, mfc="white", mec=colour, mew=1.8,
+            ls="none", zorder=4,
+        )  # fmt: skip
 
 
 def _check_order(order: Sequence[str]) -> int:
