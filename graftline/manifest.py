@@ -20,12 +20,12 @@ from graftline.durable import (
     write_synced,
 )
 from graftline.errors import GraftlineError
+from graftline.weight_files import read_header
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 _NOT_DIGESTED = frozenset({"created", "digest"})
 _RECENT_NANOSECONDS = 50_000_000  # a younger change may share its time stamp with a later one
-_LARGEST_HEADER_BYTES = 100_000_000  # the limit that the safetensors format sets itself
 
 _verified: dict[str, tuple[tuple[str | int, ...], ...]] = {}  # folder -> its files when last hashed
 
@@ -200,30 +200,15 @@ def _verify_hashes(
 
 
 def _tensors(path: Path) -> dict[str, dict[str, Any]]:
-    """Read names, dtypes and shapes from a safetensors header, without the tensors.
+    """Names, dtypes and shapes of a safetensors file.
 
     Raises:
         ValueError: If the header is damaged or does not cover the file exactly.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LARGEST_HEADER_BYTES):
-            raise ValueError("its safetensors header is cut off or damaged")
-        content = file.read(length)
-    try:
-        header = json.loads(content)
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        tensors = {
-            name: {"dtype": entry["dtype"], "shape": entry["shape"]}
-            for name, entry in sorted(header.items())
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError("its safetensors header is damaged") from error
-    if 8 + length + end != size:
-        raise ValueError(f"its tensors need {8 + length + end} bytes, the file has {size}")
-    return tensors
+    return {
+        name: {"dtype": entry.dtype, "shape": list(entry.shape)}
+        for name, entry in sorted(read_header(path).items())
+    }
 
 
 def _files(folder: Path) -> dict[str, os.stat_result]:

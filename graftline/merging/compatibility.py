@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graftline.errors import GraftlineError
-from graftline.merging.checkpoints import Checkpoint, Entry, vocabulary
+from graftline.merging.checkpoints import Checkpoint, vocabulary
+from graftline.weight_files import Entry
 
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _SAMPLE_BYTES = 4096

@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from graftline.merging.checkpoints import DTYPES, Entry
+from graftline.merging.checkpoints import DTYPES
 from graftline.merging.compatibility import Job
+from graftline.weight_files import Entry
 
 BLOCK = 1 << 16
 """Elements computed at once: few enough that intermediate results stay in the cache."""
