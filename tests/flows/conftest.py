@@ -81,7 +81,7 @@ class Project:
                 continue
         return found
 
-    def left_over(self, seconds: float = 10.0) -> list[str]:
+    def left_over(self, seconds: float = 30.0) -> list[str]:
         """Processes that are still there after a while."""
         deadline = time.monotonic() + seconds
         while self.processes() and time.monotonic() < deadline:
