@@ -64,10 +64,10 @@ def describe(file: Path) -> str:
     """What was tried and chosen, and how the recipe takes it over."""
     content = json.loads(file.read_text(encoding="utf-8"))
     trials = [Trial(**trial) for trial in content["trials"]]
-    lines = [f"{content['rule']}: retention on validation rows, seed {content['seed']}"]
+    lines = [f"{content['rule']}: mean score x 100 on validation rows, seed {content['seed']}"]
     for trial in trials:
         mark = "*" if trial == best_of(trials) else " "
-        lines.append(f" {mark} {trial.retention:6.1f}  {json.dumps(trial.parameters)}")
+        lines.append(f" {mark} {100 * trial.score:6.1f}  {json.dumps(trial.parameters)}")
     chosen = json.dumps(content["chosen"])
     lines.append(f"   in the recipe: compose: {{parameters: {{{content['rule']}: {chosen}}}}}")
     return "\n".join(lines)

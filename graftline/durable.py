@@ -148,11 +148,13 @@ def make_folder(folder: Path) -> None:
     """Make a folder and its missing parents, each durable."""
     if folder.is_dir():
         return
-    if os.path.lexists(folder):
+    if not os.path.lexists(folder):
+        make_folder(folder.parent)
+        with suppress(FileExistsError):
+            os.mkdir(folder)
+    # Only now: between the two looks above, another process may have made it.
+    if not folder.is_dir():
         raise StoreUnwritable(folder, "it is not a folder", "Move it away and run again.")
-    make_folder(folder.parent)
-    with suppress(FileExistsError):
-        os.mkdir(folder)
     fsync_folder(folder.parent)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,18 @@ class Trial:
 
     Attributes:
         parameters: what differs from the rule's defaults.
-        retention: in per cent, by which candidates are compared.
-        scores: modality -> score from 0 to 1.
+        retention: in per cent; None where an expert scores nothing.
+        scores: modality -> score from 0 to 1; candidates are compared by their mean.
     """
 
     parameters: Mapping[str, Any]
-    retention: float
+    retention: float | None
     scores: Mapping[str, float]
+
+    @property
+    def score(self) -> float:
+        """The mean over modalities."""
+        return math.fsum(self.scores.values()) / len(self.scores)
 
 
 def candidates(rule: str) -> Sequence[Mapping[str, Any]]:
@@ -73,8 +79,8 @@ def candidates(rule: str) -> Sequence[Mapping[str, Any]]:
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
-    """The trial with the highest retention; the first of several, so the default wins a tie."""
-    return max(trials, key=lambda trial: trial.retention)
+    """The trial with the highest mean score; the first of several, so the default wins a tie."""
+    return max(trials, key=lambda trial: trial.score)
 
 
 def write_trials(file: Path, rule: str, trials: Sequence[Trial], seed: int, data_md5: str) -> None:

@@ -37,7 +37,7 @@ def small_disk(fresh):
     """A file system of its own for the artifacts, where that is allowed."""
     store = fresh.folder / "artifacts"
     store.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(store)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=900m", "tmpfs", str(store)]
     try:
         mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:

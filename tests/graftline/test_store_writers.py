@@ -17,9 +17,11 @@ import pytest
 
 import graftline
 from graftline.durable import (
+    StoreUnwritable,
     atomic_write_bytes,
     atomic_write_text,
     host_token,
+    make_folder,
     publish_folder,
     temporary_sibling,
 )
@@ -320,6 +322,19 @@ def test_sweep_removes_work_folders_of_published_artifacts_only(tmp_path: Path) 
     assert store.sweep() == [work / "merge-f1"]
     assert all((work / f"{kind}-f1" / "state.json").exists() for kind in ["align", "realign"])
     assert store.find("fine-tune", "f1") is not None
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter([False])  # the first look is from before the other process made it
+    real = Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda path: next(looks, None) is None and real(path))
+    (tmp_path / "made").mkdir()
+    make_folder(tmp_path / "made")
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreUnwritable, match="not a folder"):
+        make_folder(tmp_path / "file")
 
 
 def test_atomic_write_replaces_whole_files(tmp_path: Path) -> None:

@@ -32,10 +32,10 @@ def test_rules_without_parameters_are_named() -> None:
 
 
 def test_the_best_is_chosen_and_the_default_wins_a_tie(tmp_path: Path) -> None:
-    default = Trial({}, 80.0, {"image": 0.5})
-    trials = [default, Trial({"scale": 0.2}, 80.0, {"image": 0.5})]
+    default = Trial({}, None, {"image": 0.5, "audio": 0.3})
+    trials = [default, Trial({"scale": 0.2}, 80.0, {"image": 0.3, "audio": 0.5})]
     assert best_of(trials) == default
-    trials.append(Trial({"scale": 0.3}, 80.5, {"image": 0.6}))
+    trials.append(Trial({"scale": 0.3}, 80.5, {"image": 0.6, "audio": 0.3}))
     assert best_of(trials).parameters == {"scale": 0.3}
     write_trials(tmp_path / "search/ties-seed-0.json", "ties", trials, 0, "abc")
     content = json.loads((tmp_path / "search/ties-seed-0.json").read_text())
