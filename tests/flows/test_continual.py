@@ -127,7 +127,7 @@ def test_a_search_looks_at_validation_rows_alone(copy):
     added = set(copy.artifacts()) - before
     assert sum("/compose/" in name for name in added) == record["budget"] == 6
     for name in added:
-        manifest = json.loads((copy.folder / name).read_text())
+        manifest = json.loads((copy.folder / name / "manifest.json").read_text())
         assert manifest["parameters"].get("split", "validation") == "validation"
 
 
