@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 from graftline.data.build import build
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMES = ("wall_seconds", "computing_seconds", "peak_rss_bytes")
 SIZES = {"train": 64, "validation": 16, "test": 16}
 
 
@@ -63,6 +65,12 @@ class Project:
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline, "the run makes no progress"
             time.sleep(0.02)
+
+    def metrics(self) -> dict[str, object]:
+        """The report of the run of `mera`, without what no two runs share."""
+        path = self.folder / "reports/tiny/mera/seed-0/metrics.json"
+        metrics = json.loads(path.read_text())
+        return {name: value for name, value in metrics.items() if name not in TIMES}
 
     def mlflow(self, query: str) -> list[tuple[object, ...]]:
         return _query(self.folder / "mlruns" / "mlflow.db", query)

@@ -11,13 +11,6 @@ import pytest
 pytestmark = pytest.mark.slow
 
 RUNS = "select name, status from runs"
-TIMES = ("wall_seconds", "computing_seconds", "peak_rss_bytes")
-
-
-def _metrics(project) -> dict[str, object]:
-    path = project.folder / "reports/tiny/mera/seed-0/metrics.json"
-    metrics = json.loads(path.read_text())
-    return {name: value for name, value in metrics.items() if name not in TIMES}
 
 
 def test_report_is_complete(finished):
@@ -49,7 +42,7 @@ def test_mlflow_holds_numbers_and_names(finished):
     losses = finished.mlflow("select count(*) from metrics where key = 'loss.align.image'")
     assert losses[0][0] == 4
     [(digest,)] = finished.mlflow("select digest from datasets")
-    assert digest == _metrics(finished)["data_md5"]
+    assert digest == finished.metrics()["data_md5"]
     aliases = finished.mlflow("select name, alias, version from registered_model_aliases")
     assert aliases == [("tiny", "mera", 1)]
     assert finished.mlflow("select count(*) from logged_models")[0][0] == 4
@@ -69,7 +62,7 @@ def test_prefect_holds_the_execution(finished):
 
 
 def test_run_again_reuses_everything(copy):
-    before, report = copy.artifacts(), _metrics(copy)
+    before, report = copy.artifacts(), copy.metrics()
     path = copy.folder / "reports/tiny/mera/seed-0/metrics.json"
     content = path.read_bytes()
     start = time.monotonic()
@@ -77,7 +70,7 @@ def test_run_again_reuses_everything(copy):
     assert code == 0, text
     assert time.monotonic() - start < 120  # 30 on an idle machine
     assert copy.artifacts() == before
-    assert _metrics(copy) == report
+    assert copy.metrics() == report
     assert path.read_bytes() == content
     assert copy.mlflow("select count(*) from model_versions")[0][0] == 1
     assert copy.left_over() == []
@@ -142,7 +135,7 @@ def test_killed_run_goes_on(fresh, finished):
     assert fresh.mlflow(killed)[0][0] >= 1
     code, text = fresh.run("run", "params/tiny.yaml")
     assert code == 0, text
-    assert _metrics(fresh) == _metrics(finished)
+    assert fresh.metrics() == finished.metrics()
     after = fresh.artifacts()
     assert {name: after[name] for name in done} == done
     assert fresh.mlflow(killed)[0][0] == 0

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from urllib.parse import quote
 
 import pytest
@@ -44,10 +43,7 @@ def address(copy):
     yield found[1]
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    deadline = time.monotonic() + 30
-    while copy.processes() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert copy.processes() == []
+    assert copy.left_over() == []
 
 
 def test_brg_and_scores_of_two_methods_are_drawn_over_stages(copy, address, tmp_path):
