@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefect import flow
-from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.data import version_data
-from graftline.plan import Reference
+from flows.slots import Job, carry_out
 from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
@@ -54,7 +52,13 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
         tags = {"prefect_flow_run_id": flow_id, "prefect_url": str(flow_run.ui_url)}
         with tracked_run(recipe, plan.fingerprint, data, tags) as tracked:
             record.note(mlflow_uri=tracked.uri, mlflow_run=tracked.run_id)
-            place = Place(recipe.store, recipe.data.folder, recipe.execution.device, tracked)
+            place = Place(
+                recipe.store,
+                recipe.data.folder,
+                recipe.execution.device,
+                recipe.execution.slots,
+                tracked,
+            )
             computed = unfinished(plan, Store(recipe.store))
             model_id = carry_out_stages(plan, place, data)
             seconds = time.monotonic() - started
@@ -65,32 +69,23 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
 
 
 def carry_out_stages(plan: RunPlan, place: Place, data: DataVersion) -> str | None:
-    """Submits every step in an order that finishes stage after stage, and waits for all.
+    """Carries out every step, the stages' before the experts', and records each stage's scores.
 
     Returns:
         The id in MLflow of the last stage's model.
     """
-    futures: dict[Reference, PrefectFuture[Any]] = {}
-    records: list[PrefectFuture[str | None]] = []
-    submitted: list[PrefectFuture[Any]] = []
-    with ThreadPoolTaskRunner(max_workers=plan.recipe.execution.slots) as slots:
-        for stage, steps in by_stage(plan):
-            for step in steps:
-                parents = [futures[parent] for parent in step.parents.values()]
-                futures[step.reference] = slots.submit(
-                    TASKS[step.kind], {"step": step, "place": place}, wait_for=parents
-                )
-                submitted.append(futures[step.reference])
-            measured = [futures[score.reference] for score in scores_of_stage(plan, stage)]
-            records.append(
-                slots.submit(
-                    record_stage,
-                    {"plan": plan, "stage": stage, "place": place, "data": data},
-                    wait_for=[*(records[-1:]), *measured],
-                )
-            )
-            submitted.append(records[-1])
-        for future in submitted:  # the first failure ends the run; what waits is not started
-            future.result()
-        models = [record.result() for record in records]
+    jobs: list[Job] = []
+    records: list[str] = []
+    for stage, steps in by_stage(plan):
+        for step in steps:
+            arguments = {"step": step, "place": place}
+            parents = tuple(step.parents.values())
+            jobs.append(Job(step.reference, TASKS[step.kind], arguments, parents))
+        measured = [score.reference for score in scores_of_stage(plan, stage)]
+        arguments = {"plan": plan, "stage": stage, "place": place, "data": data}
+        jobs.append(Job(f"stage {stage}", record_stage, arguments, (*records[-1:], *measured)))
+        records.append(f"stage {stage}")
+    execution = plan.recipe.execution
+    futures = carry_out(jobs, execution.slots, {"fine-tune": execution.fine_tunings})
+    models = [futures[name].result() for name in records]
     return next((model for model in reversed(models) if model is not None), None)

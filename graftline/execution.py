@@ -34,15 +34,28 @@ from graftline.store import Artifact, Store
 from graftline.training import phases
 
 TIMING = "timing.json"
+CORES = torch.get_num_threads()
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a step runs: what its result must not depend on."""
+    """Where a step runs: what its result must not depend on.
+
+    Attributes:
+        data_folder: the data.
+        device: as in a recipe.
+        slots: how many steps share the machine.
+    """
 
     data_folder: Path
     device: str = "auto"
+    slots: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads that a step computes with."""
+        return max(1, CORES // self.slots)
 
     @property
     def torch_device(self) -> str:
@@ -109,6 +122,7 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
 
     def build(out: Path) -> None:
         started = time.monotonic()
+        torch.set_num_threads(machine.threads)
         folder = store.work_folder(step.kind, fingerprint)
         RUNNERS[step.kind](Work(step, parents, machine, folder, out))
         _record_seconds(out / TIMING, time.monotonic() - started)

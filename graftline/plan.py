@@ -214,7 +214,7 @@ class Planner:
         """MERA step 4: one connector trained on its replay beside the frozen merged backbone.
 
         Args:
-            model: the merged backbone, and the connectors as they were learned.
+            model: the merged backbone, and the connectors as the stage before left them.
             modality: whose connector.
             stage: i.
         """

@@ -146,7 +146,8 @@ class ExecutionSettings(Part):
     """Where and how wide a run executes; does not change what is computed."""
 
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
-    slots: int = Field(1, ge=1, description="training steps at once (1 on CPU)")
+    slots: int = Field(1, ge=1, description="steps at once; on CPU they share its cores")
+    fine_tunings: int = Field(1, ge=1, description="how many of them may fine-tune: memory")
 
 
 class Recipe(Part):

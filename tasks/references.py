@@ -46,10 +46,12 @@ class Place:
         store: folder of the artifact store.
         data_folder: the data.
         device: where to compute.
+        slots: how many steps share the machine.
         tracked: the run that numbers go to; None where nothing is recorded.
     """
 
     store: str
     data_folder: str
     device: str
+    slots: int = 1
     tracked: TrackedRun | None = None

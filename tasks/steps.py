@@ -56,7 +56,8 @@ def carry_out(step: Step, place: Place) -> Reference:
     store = Store(place.store)
     with _slot(step.kind):
         reused = store.folder(step.kind, step.reference.fingerprint).exists()
-        artifact = execute(step, store, Machine(Path(place.data_folder), place.device))
+        machine = Machine(Path(place.data_folder), place.device, place.slots)
+        artifact = execute(step, store, machine)
         if place.tracked is not None:
             tracking.log_step(place.tracked, step, artifact.folder, reused=reused)
     _log.info("%s: %s", step.label, "reused" if reused else "done")

@@ -24,28 +24,22 @@ def realign_only(planner: Planner, order: Sequence[str]) -> list[Stage]:
 
 
 def _grow(planner: Planner, order: Sequence[str], *, merges: bool, realigns: bool) -> list[Stage]:
-    model, learned, stages = start(planner), start(planner), []
+    model, stages = start(planner), []
     for index, modality in enumerate(order, start=1):
         vanilla = add_modality(planner, model, modality, index)
-        learned = learned.with_connector(modality, vanilla.connectors[modality])
-        merged = None
-        final = vanilla
+        final, merged = vanilla, None
         if index > 1:
             if merges:
                 backbone = planner.merge(model.backbone, vanilla.backbone, index)
                 final = merged = Model(backbone, vanilla.connectors)
             if realigns:
-                final = _realign(planner, Model(final.backbone, learned.connectors), index)
+                final = _realign(planner, final, index)
         stages.append(Stage(index, modality, final, vanilla, merged))
         model = final
     return stages
 
 
 def _realign(planner: Planner, model: Model, stage: int) -> Model:
-    """Every connector on its own replay; independent of each other, so in any order.
-
-    Each starts from what it was when its own stage had learned it from all rows [ours]. Starting
-    from the stage before would fit the few replayed rows a little more at every stage.
-    """
+    """Every connector on its own replay; independent of each other, so in any order."""
     connectors = {name: planner.realign(model, name, stage) for name in model.connectors}
     return Model(model.backbone, connectors)

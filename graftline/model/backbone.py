@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from graftline.errors import GraftlineError
+from graftline.model.building import BUILDING
 
 # ChatML, without a system turn unless a system message is given.
 CHAT_TEMPLATE = (
@@ -36,11 +37,12 @@ def convert_gguf(gguf_path: Path, out_folder: Path) -> None:
     Raises:
         GraftlineError: the file cannot be read as a causal LM.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    with BUILDING:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder, name = str(gguf_path.parent), gguf_path.name
     try:
-        with _parsed_once():
+        with BUILDING, _parsed_once():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 gguf_file=name,
@@ -77,7 +79,16 @@ def _parsed_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, names  # type: ignore[misc]
 
 
+def _no_bars() -> None:
+    """Loading and saving take less than a second; steps have bars of their own."""
+    with BUILDING:
+        from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    _no_bars()
     folder.mkdir(parents=True, exist_ok=True)
     model.config.dtype = model.dtype
     model.config._name_or_path = ""
@@ -88,7 +99,8 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
 def _tiny_tokenizer() -> Any:
     """Byte-level BPE without merges: one token a byte, and three special ones in front."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    with BUILDING:
+        from transformers import PreTrainedTokenizerFast
 
     special = [UNKNOWN, TURN_START, TURN_END]
     letters = special + sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -122,7 +134,8 @@ def make_tiny(out_folder: Path, seed: int) -> None:
         out_folder: gets config, generation config, weights and tokenizer.
         seed: of the weights.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    with BUILDING:
+        from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _tiny_tokenizer()
     config = LlamaConfig(
@@ -138,7 +151,7 @@ def make_tiny(out_folder: Path, seed: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
+    with BUILDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = LlamaForCausalLM(config)
     _save(model.to(torch.bfloat16), tokenizer, out_folder)
@@ -185,24 +198,24 @@ def load_backbone(
         GraftlineError: the folder is not a model, a key is missing, left over or of another
             shape, or a weight is not finite; names the key.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    with BUILDING:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Loading takes less than a second; steps have bars of their own.
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    _no_bars()
     folder = Path(folder)
     auto: Any = AutoModelForCausalLM
     try:
-        model, information = auto.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            attn_implementation=attention,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that they are reported below, by name
-            output_loading_info=True,
-        )
+        with BUILDING:
+            model, information = auto.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that they are reported below, by name
+                output_loading_info=True,
+            )
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )

@@ -12,6 +12,7 @@ import torch
 
 from graftline.data.parts import EFFICIENTNET_LITE0, WHISPER_TINY_EN, fetch
 from graftline.errors import GraftlineError
+from graftline.model.building import BUILDING
 from graftline.model.efficientnet import FrameEncoder, ImageEncoder
 from graftline.model.point_sets import BasisPointSetEncoder
 from graftline.model.whisper import WhisperAudioEncoder
@@ -112,7 +113,8 @@ def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
         GraftlineError: no such encoder, or its weights cannot be fetched or do not fit.
     """
     _known(name)
-    return ENCODERS[name](torch.device(device))
+    with BUILDING:
+        return ENCODERS[name](torch.device(device))
 
 
 def encoder_identity(name: str) -> dict[str, str]:

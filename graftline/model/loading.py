@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graftline.errors import GraftlineError
+from graftline.model.building import BUILDING
 from graftline.model.connectors import MixerConnector
 from graftline.model.multimodal import MultimodalModel
 from graftline.model.prompts import PromptEncoder
@@ -38,7 +39,8 @@ class ConnectorRecord:
 
     def build(self) -> MixerConnector:
         """A connector of this shape, weights not set."""
-        return MixerConnector(**self.shape)  # type: ignore[arg-type]
+        with BUILDING:
+            return MixerConnector(**self.shape)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ class MasterAdamW:
         """One group's step, in pieces that stay in the cache from gradient to new weight."""
         flat, master = self._flats[number], self._masters[number]
         means, squares = self._means[number], self._squares[number]
-        before = torch.tensor(float(self._steps - 1), device=master.device)
-        divisor = torch.tensor(1.0 / scale, device=master.device)
+        before = torch.tensor(float(self._steps - 1), dtype=torch.float32, device=master.device)
+        divisor = torch.tensor(1.0 / scale, dtype=torch.float32, device=master.device)
         offset = 0
         for parameter in group.parameters:
             whole = _flat_gradient(parameter)

@@ -1,0 +1,87 @@
+"""Jobs in slots: what is ready starts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import Task
+from prefect.futures import PrefectFuture, as_completed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task run to be.
+
+    Attributes:
+        name: what others call it in `needs`.
+        task: the Prefect task.
+        arguments: of the task.
+        needs: names of jobs that must be finished before.
+    """
+
+    name: Hashable
+    task: Task[..., Any]
+    arguments: Mapping[str, Any]
+    needs: tuple[Hashable, ...]
+
+
+def carry_out(
+    jobs: Sequence[Job], slots: int, limits: Mapping[str, int]
+) -> dict[Hashable, PrefectFuture[Any]]:
+    """Runs all jobs. A job takes a slot only when it is ready: none waits for another in one.
+
+    Args:
+        jobs: needs before who needs them; with one slot they start in this order, with more the
+            one that most others wait for starts first.
+        slots: how many run at once.
+        limits: task's name -> how many of that task run at once.
+
+    Returns:
+        name -> finished future.
+
+    Raises:
+        Exception: what the first job that failed raised; what has not started then, does not.
+    """
+    waiting = list(jobs) if slots == 1 else _most_needed_first(jobs)
+    running: dict[PrefectFuture[Any], Job] = {}
+    finished: dict[Hashable, PrefectFuture[Any]] = {}
+    with ThreadPoolTaskRunner(max_workers=slots) as runner:
+        while waiting or running:
+            while len(running) < slots:
+                job = _ready(waiting, finished, running.values(), limits)
+                if job is None:
+                    break
+                waiting.remove(job)
+                parents = [finished[name] for name in job.needs]
+                running[runner.submit(job.task, dict(job.arguments), wait_for=parents)] = job
+            future = next(as_completed(list(running)))
+            future.result()
+            finished[running.pop(future).name] = future
+    return finished
+
+
+def _most_needed_first(jobs: Sequence[Job]) -> list[Job]:
+    """So that long chains do not wait for what nobody waits for."""
+    dependents: dict[Hashable, set[Hashable]] = {job.name: set() for job in jobs}
+    for job in reversed(jobs):
+        for need in job.needs:
+            dependents[need] |= {job.name, *dependents[job.name]}
+    return sorted(jobs, key=lambda job: -len(dependents[job.name]))
+
+
+def _ready(
+    waiting: Sequence[Job],
+    finished: Mapping[Hashable, PrefectFuture[Any]],
+    running: Collection[Job],
+    limits: Mapping[str, int],
+) -> Job | None:
+    busy = [job.task.name for job in running]
+    for job in waiting:
+        limit = limits.get(job.task.name)
+        allowed = limit is None or busy.count(job.task.name) < limit
+        if allowed and finished.keys() >= set(job.needs):
+            return job
+    return None

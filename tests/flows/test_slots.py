@@ -1,0 +1,125 @@
+"""Steps side by side: what starts when, and that results do not depend on it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from prefect import flow, task
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.slots import Job, carry_out
+from graftline.model.backbone import load_backbone, make_tiny
+from tests.flows.conftest import Project
+
+_started: list[str] = []
+_at_once: dict[str, list[int]] = {"small": [], "large": []}
+_busy = {"small": 0, "large": 0}
+_lock = threading.Lock()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+def _work(name: str, kind: str) -> str:
+    with _lock:
+        _started.append(name)
+        _busy[kind] += 1
+        _at_once[kind].append(_busy[kind])
+    time.sleep(0.2)
+    with _lock:
+        _busy[kind] -= 1
+    if name == "breaks":
+        raise ValueError(name)
+    return name
+
+
+SMALL = task(name="small", persist_result=False)(_work)
+LARGE = task(name="large", persist_result=False)(_work)
+
+
+def _job(name: str, *needs: str, kind: str = "small") -> Job:
+    return Job(name, LARGE if kind == "large" else SMALL, {"name": name, "kind": kind}, needs)
+
+
+@flow(name="slots", persist_result=False)
+def _run(jobs: list[Job], slots: int) -> list[str]:
+    _started.clear()
+    for counts in _at_once.values():
+        counts.clear()
+    return [future.result() for future in carry_out(jobs, slots, {"large": 1}).values()]
+
+
+def test_the_longest_chain_starts_first_and_nothing_waits_in_a_slot(server: None) -> None:
+    chain = [_job("c1"), _job("c2", "c1"), _job("c3", "c2"), _job("c4", "c3")]
+    leaves = [_job(f"leaf{number}") for number in range(5)]
+    assert len(_run([*leaves, *chain], 2)) == 9
+    assert set(_started[:2]) == {"c1", "leaf0"}
+    assert max(_at_once["small"]) == 2
+    assert _started.index("c3") < _started.index("leaf3")
+
+
+def test_one_slot_keeps_the_given_order(server: None) -> None:
+    _run([_job("a"), _job("b", "a"), _job("leaf"), _job("c", "b")], 1)
+    assert _started == ["a", "b", "leaf", "c"]
+
+
+def test_a_limit_holds_for_its_kind_only(server: None) -> None:
+    jobs = [_job(f"l{number}", kind="large") for number in range(3)]
+    _run([*jobs, *[_job(f"s{number}") for number in range(3)]], 3)
+    assert max(_at_once["large"]) == 1
+    assert max(_at_once["small"]) == 2
+
+
+def test_after_a_failure_nothing_more_starts(server: None) -> None:
+    with pytest.raises(ValueError, match="breaks"):
+        _run([_job("breaks"), _job("after", "breaks"), _job("a"), _job("b"), _job("c")], 2)
+    assert "after" not in _started
+    assert "c" not in _started
+
+
+def test_models_built_at_once_leave_the_default_dtype_alone(tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("backbone")
+    make_tiny(folder, seed=0)
+    dtypes: list[torch.dtype] = []
+
+    def load() -> None:
+        for _ in range(10):
+            model, _ = load_backbone(folder, torch.bfloat16)
+            dtypes.extend({parameter.dtype for parameter in model.parameters()})
+
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.get_default_dtype() == torch.float32
+    assert set(dtypes) == {torch.bfloat16}
+    assert len(dtypes) == 30
+
+
+def test_steps_side_by_side_give_the_same_bits(finished: Project, fresh: Project) -> None:
+    code, text = fresh.run("run", "params/tiny.yaml", "--set", "execution.slots=3")
+    assert code == 0, text
+    assert _tensors(fresh) == _tensors(finished)
+    assert fresh.metrics() == finished.metrics()
+
+
+def _tensors(project: Project) -> dict[str, dict[str, str]]:
+    """Artifact -> weights and answers in it -> sha256."""
+    found = {}
+    for path in project.folder.glob("artifacts/[!.]*/[!.]*/manifest.json"):
+        files = json.loads(path.read_text())["files"]
+        found[path.parent.name] = {
+            name: entry["sha256"]
+            for name, entry in files.items()
+            if name.endswith((".safetensors", ".parquet"))
+        }
+    return found
