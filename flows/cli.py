@@ -98,15 +98,34 @@ def show(
 
 
 @app.command()
-def table(recipe: RecipePath) -> None:
+def table(
+    recipe: RecipePath,
+    composition: Annotated[
+        bool,
+        typer.Option(
+            "--composition",
+            help="Only methods that combine experts; also writes reports/<recipe>/compose/.",
+        ),
+    ] = False,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another recipe's name, whose rows come behind."),
+    ] = None,
+) -> None:
     """Print every finished method of a recipe side by side, over its seeds, as Markdown."""
     from flows.showing import summary_of
-    from tasks.outputs import finished_reports
+    from tasks.outputs import compose_folder, finished_reports
 
-    folders = finished_reports(_recipe(recipe, {}).name)
+    name = _recipe(recipe, {}).name
+    folders = [folder for each in [name, *(also or [])] for folder in finished_reports(each)]
+    if composition:
+        from graftline.recipe import COMPOSITIONS
+
+        folders = [folder for folder in folders if folder.parent.name in COMPOSITIONS]
     if not folders:
         raise GraftlineError(f"no run of {recipe} is finished yet; run: graftline run {recipe}")
-    out.print(summary_of(folders), soft_wrap=True, markup=False, highlight=False)
+    text = summary_of(folders, compose_folder(name) if composition else None)
+    out.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

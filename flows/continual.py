@@ -20,7 +20,7 @@ from tasks.records import recorded_run
 from tasks.references import DataVersion, Place
 from tasks.report import record_stage, register_model, write_run_report
 from tasks.stale import close_dead_runs, close_own_run
-from tasks.steps import TASKS, by_stage, scores_of_stage, unfinished
+from tasks.steps import TASKS, WEIGHTS, by_stage, scores_of_stage, unfinished
 from tasks.tracking import tag_run, tracked_run
 
 
@@ -80,7 +80,8 @@ def carry_out_stages(plan: RunPlan, place: Place, data: DataVersion) -> str | No
         for step in steps:
             arguments = {"step": step, "place": place}
             parents = tuple(step.parents.values())
-            jobs.append(Job(step.reference, TASKS[step.kind], arguments, parents))
+            weight = WEIGHTS.get(step.kind, 1.0)
+            jobs.append(Job(step.reference, TASKS[step.kind], arguments, parents, weight))
         measured = [score.reference for score in scores_of_stage(plan, stage)]
         arguments = {"plan": plan, "stage": stage, "place": place, "data": data}
         jobs.append(Job(f"stage {stage}", record_stage, arguments, (*records[-1:], *measured)))

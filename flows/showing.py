@@ -11,13 +11,33 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from graftline.evaluation.table import markdown_table, summarise_runs
+from graftline.durable import atomic_write_text
+from graftline.evaluation.pictures import retention_against_storage
+from graftline.evaluation.table import csv_table, label_of, markdown_table, summarise_runs
 from tasks.outputs import pictures
 
 
-def summary_of(folders: Sequence[Path]) -> str:
-    """Reports of one recipe as a Markdown table: a row a method, with 95 % intervals."""
-    return markdown_table(summarise_runs(folders))
+def summary_of(folders: Sequence[Path], out: Path | None = None) -> str:
+    """Reports as a Markdown table: a row a method, with 95 % intervals over rows and seeds.
+
+    Args:
+        folders: the reports of finished runs.
+        out: a folder that gets the table as Markdown and CSV, and the picture of retention
+            against storage.
+    """
+    rows = summarise_runs(folders)
+    text = markdown_table(rows)
+    if out is not None:
+        atomic_write_text(out / "table.md", text)
+        atomic_write_text(out / "table.csv", csv_table(rows))
+        points = [
+            (label_of(row, rows[0].recipe), row.storage_bits, row.intervals["retention"])
+            for row in rows
+            if row.storage_bits is not None and "retention" in row.intervals
+        ]
+        title = f"{rows[0].recipe}: retention against storage"
+        retention_against_storage(out / "storage.png", points, title)
+    return text
 
 
 def print_report(console: Console, folder: Path | str) -> None:
@@ -75,6 +95,10 @@ def _gains(metrics: dict[str, Any]) -> Table:
         known = interval is not None and interval["low"] is not None
         text = f"{interval['low']:.2f} to {interval['high']:.2f}" if known else ""
         table.add_row(label, f"{value:.2f}", text)
+    if metrics.get("joint") is not None:
+        interval = metrics["intervals"]["joint"]
+        text = f"{100 * interval['low']:.2f} to {100 * interval['high']:.2f}"
+        table.add_row("joint questions", f"{100 * metrics['joint']:.2f}", text)
     before, after = metrics.get("text_perplexity_before"), metrics.get("text_perplexity_after")
     if before is not None and after is not None:
         table.add_row("text perplexity", f"{after:.2f}", f"before: {before:.2f}")

@@ -20,12 +20,14 @@ class Job:
         task: the Prefect task.
         arguments: of the task.
         needs: names of jobs that must be finished before.
+        weight: about how long it takes, beside other jobs.
     """
 
     name: Hashable
     task: Task[..., Any]
     arguments: Mapping[str, Any]
     needs: tuple[Hashable, ...]
+    weight: float = 1.0
 
 
 def carry_out(
@@ -35,7 +37,7 @@ def carry_out(
 
     Args:
         jobs: needs before who needs them; with one slot they start in this order, with more the
-            one that most others wait for starts first.
+            one with the longest chain behind it starts first.
         slots: how many run at once.
         limits: task's name -> how many of that task run at once.
 
@@ -45,7 +47,7 @@ def carry_out(
     Raises:
         Exception: what the first job that failed raised; what has not started then, does not.
     """
-    waiting = list(jobs) if slots == 1 else _most_needed_first(jobs)
+    waiting = list(jobs) if slots == 1 else _longest_chain_first(jobs)
     running: dict[PrefectFuture[Any], Job] = {}
     finished: dict[Hashable, PrefectFuture[Any]] = {}
     with ThreadPoolTaskRunner(max_workers=slots) as runner:
@@ -63,13 +65,14 @@ def carry_out(
     return finished
 
 
-def _most_needed_first(jobs: Sequence[Job]) -> list[Job]:
-    """So that long chains do not wait for what nobody waits for."""
-    dependents: dict[Hashable, set[Hashable]] = {job.name: set() for job in jobs}
+def _longest_chain_first(jobs: Sequence[Job]) -> list[Job]:
+    """So that slots do not stand empty at the end, while one long chain goes on alone."""
+    behind: dict[Hashable, float] = {}
     for job in reversed(jobs):
+        chain = behind.get(job.name, 0.0) + job.weight
         for need in job.needs:
-            dependents[need] |= {job.name, *dependents[job.name]}
-    return sorted(jobs, key=lambda job: -len(dependents[job.name]))
+            behind[need] = max(behind.get(need, 0.0), chain)
+    return sorted(jobs, key=lambda job: -behind.get(job.name, 0.0) - job.weight)
 
 
 def _ready(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,8 @@ from graftline.data.features import compute_features
 from graftline.data.parts import SMOLLM2, fetch
 from graftline.data.rows import SPLITS, read_split
 from graftline.errors import GraftlineError
-from graftline.evaluation.answering import answer_all
+from graftline.evaluation.answering import answer_all, answer_batches
+from graftline.evaluation.joint import JointSet
 from graftline.evaluation.perplexity import text_perplexity
 from graftline.evaluation.scoring import score_rows
 from graftline.merging.backbones import merge_backbones
@@ -26,7 +27,7 @@ from graftline.merging.streaming import MergeRequest, merge_checkpoints
 from graftline.model.backbone import convert_gguf, load_backbone, make_tiny
 from graftline.model.encoders import load_encoder
 from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
-from graftline.model.routing.composed import route_to_expert, route_to_masks
+from graftline.model.routing.composed import route_to_experts, route_to_masks
 from graftline.plan import Step
 from graftline.progress import track
 from graftline.recipe import LoraSettings, PhaseSettings
@@ -249,17 +250,9 @@ def _compose(work: Work) -> None:
 
 
 def _evaluate(work: Work) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     parameters = work.step.parameters
     modality = parameters["modality"]
-    folder = work.role("connector")[modality]
-    record = read_record(folder, modality)
-    connector = read_connector(folder, record)
-    loaded = assemble(_load(work), [(record, connector)], parameters["system_prompt"])
-    if "routing" in parameters:
-        loaded = _route(work, loaded, modality)
+    loaded = _assembled(work)
     features = work.role("features")[modality]
     examples = ExampleSet(features, modality, parameters["split"], loaded.prompts)
     answers = answer_all(
@@ -267,28 +260,62 @@ def _evaluate(work: Work) -> None:
         examples,
         batch_size=parameters["batch_size"],
         max_new_tokens=parameters["max_new_tokens"],
-        label=_label(work.step),
+        label=work.step.title,
     )
-    tasks = [row["task"] for row in examples.rows]
-    scores = score_rows(tasks, answers, [row["answers"] for row in examples.rows])
-    table = {
-        "id": [row["id"] for row in examples.rows],
-        "task": tasks,
-        "answer": answers,
-        "score": scores,
-        "accepted": [row["answers"] for row in examples.rows],
-    }
-    pq.write_table(pa.table(table), work.out / "answers.parquet")
+    rows = examples.rows
+    accepted = [row["answers"] for row in rows]
+    _write_answers(
+        work.out, [row["id"] for row in rows], [r["task"] for r in rows], answers, accepted
+    )
 
 
-def _route(work: Work, loaded: LoadedModel, modality: str) -> LoadedModel:
-    """Lets the modality's tokens meet their own weights: an expert's, or masked ones."""
+def _evaluate_joint(work: Work) -> None:
+    parameters = work.step.parameters
+    loaded = _assembled(work)
+    joint = JointSet(work.role("features"), parameters["split"], loaded.prompts)
+    answers = answer_batches(
+        loaded,
+        joint.batches(parameters["batch_size"]),
+        max_new_tokens=parameters["max_new_tokens"],
+        label=work.step.title,
+    )
+    _write_answers(work.out, joint.ids, joint.tasks, answers, joint.answers)
+
+
+def _write_answers(
+    out: Path,
+    ids: Sequence[str],
+    tasks: Sequence[str],
+    answers: Sequence[str],
+    accepted: Sequence[Sequence[str]],
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    scores = score_rows(tasks, answers, accepted)
+    table = {"id": ids, "task": tasks, "answer": answers, "score": scores, "accepted": accepted}
+    pq.write_table(pa.table(table), out / "answers.parquet")
+
+
+def _assembled(work: Work) -> LoadedModel:
+    """The backbone with the connectors among the parents, routed where the step says so."""
+    pairs = []
+    for modality, folder in work.role("connector").items():
+        record = read_record(folder, modality)
+        pairs.append((record, read_connector(folder, record)))
+    loaded = assemble(_load(work), pairs, work.step.parameters["system_prompt"])
+    return _routed(work, loaded) if "routing" in work.step.parameters else loaded
+
+
+def _routed(work: Work, loaded: LoadedModel) -> LoadedModel:
+    """Lets each modality's tokens meet their own weights: an expert's, or masked ones."""
     experts, text = work.role("expert"), work.step.parameters["text"]
-    if modality in experts:
-        return route_to_expert(loaded, modality, experts[modality] / "backbone", text)
+    if experts:
+        folders = {modality: folder / "backbone" for modality, folder in experts.items()}
+        return route_to_experts(loaded, folders, text)
     composed = work.parents["backbone"].folder / "backbone"
     base = work.parents["base"].folder / "backbone"
-    return route_to_masks(loaded, modality, composed, base, text)
+    return route_to_masks(loaded, list(work.role("connector")), composed, base, text)
 
 
 def _perplexity(work: Work) -> None:
@@ -306,6 +333,7 @@ RUNNERS: dict[str, Callable[[Work], None]] = {
     "compose": _compose,
     "realign": _realign,
     "evaluate": _evaluate,
+    "evaluate-joint": _evaluate_joint,
     "perplexity": _perplexity,
 }
 
@@ -320,7 +348,7 @@ def _call(work: Work) -> phases.Call:
         seed=parameters["seed"],
         work=work.folder,
         out=work.out,
-        label=_label(work.step),
+        label=work.step.title,
     )
 
 
@@ -335,7 +363,3 @@ def _load(work: Work) -> tuple[Any, Any]:
 
 def _settings(parameters: Any) -> PhaseSettings:
     return PhaseSettings(**{k: v for k, v in parameters.items() if k in PhaseSettings.model_fields})
-
-
-def _label(step: Step) -> str:
-    return f"stage {step.stage} · {step.label}" if step.stage else step.label

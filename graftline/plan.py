@@ -8,7 +8,7 @@ computing anything, and two methods that share a step share its artifact.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
@@ -40,6 +40,13 @@ CODE: dict[str, tuple[str, ...]] = {
         "model/*.py",
         "data/examples.py",
         "evaluation/answering.py",
+        "evaluation/scoring.py",
+    ),
+    "evaluate-joint": (
+        "model/*.py",
+        "data/examples.py",
+        "evaluation/answering.py",
+        "evaluation/joint.py",
         "evaluation/scoring.py",
     ),
     "perplexity": ("evaluation/perplexity.py",),
@@ -76,6 +83,11 @@ class Step:
     def code(self) -> str:
         """Digest of the source that computes this kind of step."""
         return code_digest(self.kind)
+
+    @property
+    def title(self) -> str:
+        """The label with its stage."""
+        return f"stage {self.stage} · {self.label}" if self.stage else self.label
 
     @property
     def reference(self) -> Reference:
@@ -208,7 +220,7 @@ class Planner:
             return self._combine(rule, self.recipe.merge.parameters, both, stage, "merge")
         parameters = {"rule": rule, "stage": stage}
         parents = {"previous": previous, "vanilla": vanilla}
-        return self._add("merge", parameters, parents, f"stage {stage}: merge", stage)
+        return self._add("merge", parameters, parents, "merge", stage)
 
     def realign(self, model: Model, modality: str, stage: int) -> Reference:
         """MERA step 4: one connector trained on its replay beside the frozen merged backbone.
@@ -257,27 +269,38 @@ class Planner:
 
     def evaluate(self, model: Model, modality: str, stage: int, point: str) -> Reference:
         """Answers and scores of one modality's rows."""
+        parameters, parents = self._asked(model, [modality])
+        parameters["modality"] = modality
+        return self._add("evaluate", parameters, parents, f"{modality}: evaluate {point}", stage)
+
+    def evaluate_joint(self, model: Model, stage: int) -> Reference:
+        """Answers and scores of questions with media of several modalities before them."""
+        parameters, parents = self._asked(model, sorted(model.connectors))
+        return self._add("evaluate-joint", parameters, parents, "joint questions", stage)
+
+    def _asked(
+        self, model: Model, modalities: Sequence[str]
+    ) -> tuple[dict[str, Any], dict[str, Reference]]:
+        """Parameters and parents of a step that asks a model about some modalities."""
         settings = self.recipe.evaluation
         parameters = {
-            "modality": modality,
             "split": settings.split,
             "max_new_tokens": settings.max_new_tokens,
             "batch_size": settings.batch_size,
             **self._numerics(),
         }
-        parents = {
-            "backbone": model.backbone,
-            f"connector.{modality}": model.connectors[modality],
-            f"features.{modality}": self.features(modality),
-        }
+        parents = {"backbone": model.backbone}
         if model.base is not None or model.experts:
             parameters["routing"] = source_digest("model/routing/*.py")
             parameters["text"] = self.recipe.compose.text
         if model.base is not None:
             parents["base"] = model.base
-        if modality in model.experts:
-            parents[f"expert.{modality}"] = model.experts[modality]
-        return self._add("evaluate", parameters, parents, f"{modality}: evaluate {point}", stage)
+        for modality in modalities:
+            parents[f"connector.{modality}"] = model.connectors[modality]
+            parents[f"features.{modality}"] = self.features(modality)
+            if modality in model.experts:
+                parents[f"expert.{modality}"] = model.experts[modality]
+        return parameters, parents
 
     def perplexity(self, backbone: Reference, stage: int) -> Reference:
         """Perplexity of the fixed held-out text."""

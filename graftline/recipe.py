@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +21,7 @@ CompositionName = Literal[
 ]
 MergeName = Literal["running-average", "average", "task-arithmetic", "ties", "dare-ties", "pcb"]
 MethodName = Literal[ContinualName, CompositionName]
+COMPOSITIONS: tuple[str, ...] = get_args(CompositionName)
 Fraction = Field(gt=0.0, le=1.0)
 
 

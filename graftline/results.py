@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -13,9 +14,10 @@ from graftline.errors import GraftlineError
 from graftline.evaluation.report import RunScores, ScoreCell
 from graftline.evaluation.scoring import METRICS
 from graftline.execution import TIMING
-from graftline.plan import Reference
+from graftline.plan import Reference, Step
 from graftline.run_plan import PlannedScore, RunPlan
 from graftline.store import Artifact, Store
+from graftline.weight_files import read_header
 
 
 def collect(
@@ -50,7 +52,11 @@ def collect(
         order=recipe.order,
         cells=tuple(cells),
         wall_seconds=wall_seconds,
-        computing_seconds=_computing_seconds(plan, store),
+        computing_seconds=_seconds(plan.steps.values(), store),
+        merging_seconds=_seconds(
+            (step for step in plan.steps.values() if step.kind in ("merge", "compose")), store
+        ),
+        storage_bits=_storage_bits(plan, store),
         peak_rss_bytes=peak_rss_bytes,
         data_md5=data_md5,
         fingerprint=plan.fingerprint,
@@ -68,11 +74,37 @@ def _found(store: Store, reference: Reference) -> Artifact:
     return artifact
 
 
-def _computing_seconds(plan: RunPlan, store: Store) -> float:
-    """What the plan's finished steps took when they were computed, whichever run did that."""
-    folders = (store.folder(step.kind, step.reference.fingerprint) for step in plan.steps.values())
+def _seconds(steps: Iterable[Step], store: Store) -> float:
+    """What finished steps took when they were computed, whichever run did that."""
+    folders = (store.folder(step.kind, step.reference.fingerprint) for step in steps)
     files = [folder / TIMING for folder in folders if (folder / TIMING).exists()]
     return math.fsum(json.loads(file.read_text("utf-8"))["step_seconds"] for file in files)
+
+
+def _storage_bits(plan: RunPlan, store: Store) -> float | None:
+    """What the last model's backbones take on the disk, in bits a parameter of one backbone.
+
+    All weights and masks that answering needs, connectors aside: 16 for one backbone in bf16,
+    16 + 16 + N with N masks, 16 + 16 N with N experts. None while a part is not there.
+    """
+    if not plan.stages:
+        return None
+    last = plan.stages[-1].final
+    parts = {last.backbone, *last.experts.values(), *([last.base] if last.base else [])}
+    folders = {part: store.folder(part.kind, part.fingerprint) / "backbone" for part in parts}
+    if not all(folder.exists() for folder in folders.values()):
+        return None
+    sizes = {
+        part: math.fsum(_bits(file) for file in folder.rglob("*.safetensors"))
+        for part, folder in folders.items()
+    }
+    own = folders[last.backbone].glob("*.safetensors")
+    parameters = sum(entry.elements for file in own for entry in read_header(file).values())
+    return math.fsum(sizes.values()) / parameters
+
+
+def _bits(file: Path) -> float:
+    return 8.0 * sum(entry.size for entry in read_header(file).values())
 
 
 def _by_task(artifact: Artifact) -> dict[str, list[float]]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
 
+from graftline.evaluation.report import JOINT
+from graftline.evaluation.scoring import JOINT_TASKS
 from graftline.methods import Stage, method_named
 from graftline.methods.experts import expert
 from graftline.plan import Model, Planner, Reference, Step
@@ -61,11 +63,21 @@ def plan_run(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> Run
     perplexity = {"before": planner.perplexity(base, 0)}
     stages = tuple(method_named(recipe.method)(planner, recipe.order))
     scores = [score for stage in stages for score in _stage_scores(planner, stage)]
+    scores += _joint_scores(planner, stages)
     for modality in recipe.order:
         scores.append(_score(planner, expert(planner, modality), modality, "expert", 0, modality))
     last = stages[-1].final.backbone if stages else base
     perplexity["after"] = planner.perplexity(last, len(recipe.order))
     return RunPlan(recipe, stages, tuple(scores), perplexity, dict(planner.steps))
+
+
+def _joint_scores(planner: Planner, stages: tuple[Stage, ...]) -> list[PlannedScore]:
+    """Questions over several modalities, asked of the last model."""
+    if not stages or len(stages[-1].final.connectors) < min(JOINT_TASKS):
+        return []
+    last = stages[-1]
+    reference = planner.evaluate_joint(last.final, last.index)
+    return [PlannedScore(last.index, last.modality, JOINT, "final", reference)]
 
 
 def _stage_scores(planner: Planner, stage: Stage) -> list[PlannedScore]:

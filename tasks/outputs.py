@@ -19,6 +19,11 @@ def search_file(recipe: Recipe, rule: str) -> Path:
     return Path("reports") / recipe.name / "search" / f"{rule}-seed-{recipe.seed}.json"
 
 
+def compose_folder(recipe_name: str) -> Path:
+    """Where the table of a recipe's compositions lies."""
+    return Path("reports") / recipe_name / "compose"
+
+
 def pictures(folder: Path) -> list[Path]:
     """The paths of a report's pictures: the score matrix, the scores over stages."""
     return [folder / "scores.png", folder / "stages.png"]

@@ -27,7 +27,7 @@ from tasks import tracking
 from tasks.references import Place
 
 SLOTS_VARIABLE = "GRAFTLINE_CONCURRENCY_LIMIT"
-_COMPUTING = frozenset({"features", "align", "fine-tune", "realign", "evaluate", "perplexity"})
+_COMPUTING = frozenset(CODE) - {"backbone", "merge", "compose"}
 _LASTING = frozenset(
     {
         errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
@@ -60,7 +60,7 @@ def carry_out(step: Step, place: Place) -> Reference:
         artifact = execute(step, store, machine)
         if place.tracked is not None:
             tracking.log_step(place.tracked, step, artifact.folder, reused=reused)
-    _log.info("%s: %s", step.label, "reused" if reused else "done")
+    _log.info("%s: %s", step.title, "reused" if reused else "done")
     return step.reference
 
 
@@ -78,7 +78,7 @@ def _slot(kind: str) -> Iterator[None]:
 def _task(kind: str) -> Task[[Step, Place], Reference]:
     return task(
         name=kind,
-        task_run_name="{step.label}",
+        task_run_name="{step.title}",
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=2,
@@ -88,6 +88,8 @@ def _task(kind: str) -> Task[[Step, Place], Reference]:
     )(carry_out)
 
 
+WEIGHTS: Mapping[str, float] = {"fine-tune": 8.0, "realign": 3.5, "align": 2.0, "features": 2.0}
+"""About how long a step takes beside an evaluation, on the starter."""
 TASKS: Mapping[str, Task[[Step, Place], Reference]] = {kind: _task(kind) for kind in CODE}
 
 

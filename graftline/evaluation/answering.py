@@ -7,6 +7,7 @@ from typing import Any
 
 from graftline.data.examples import ExampleSet, question_batches
 from graftline.model.loading import LoadedModel
+from graftline.model.multimodal import Batch
 from graftline.progress import track
 
 
@@ -14,10 +15,28 @@ def answer_all(
     loaded: LoadedModel, examples: ExampleSet, *, batch_size: int, max_new_tokens: int, label: str
 ) -> list[str]:
     """The model's greedy answer to every row, in the rows' order."""
-    answers = [""] * len(examples)
-    tokenizer = loaded.tokenizer
     batches = question_batches(examples, batch_size)
-    with track(label, len(examples)) as advance:
+    return answer_batches(loaded, batches, max_new_tokens=max_new_tokens, label=label)
+
+
+def answer_batches(
+    loaded: LoadedModel,
+    batches: Sequence[tuple[list[int], Batch]],
+    *,
+    max_new_tokens: int,
+    label: str,
+) -> list[str]:
+    """The model's greedy answers to batches of prompts.
+
+    Args:
+        loaded: the model.
+        batches: the places that a batch's answers take, and the batch; together all places.
+        max_new_tokens: the longest answer.
+        label: what the progress bar says.
+    """
+    answers = [""] * sum(len(places) for places, _ in batches)
+    tokenizer = loaded.tokenizer
+    with track(label, len(answers)) as advance:
         for rows, batch in batches:
             tokens = loaded.model.generate(
                 batch.to(loaded.model.device),

@@ -23,6 +23,7 @@ from matplotlib.patches import Rectangle
 
 from graftline.durable import atomic_write_bytes
 from graftline.evaluation import EvaluationError
+from graftline.evaluation.bootstrap import Interval
 from graftline.evaluation.gains import ModalityScores, StageScores
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B8558F", "#8C6D00", "#56B4E9", "#000000")
@@ -148,6 +149,52 @@ def scores_over_stages(
     _save(figure, path)
 
 
+@rc_context(_STYLE)
+def retention_against_storage(
+    path: Path | str, points: Sequence[tuple[str, float, Interval]], title: str = ""
+) -> None:
+    """Draw what each method retains over the bits that it stores, with 95 % intervals.
+
+    Args:
+        path: The PNG to write, atomically.
+        points: (method, bits a parameter, retention in per cent).
+        title: A line above the picture.
+
+    Raises:
+        EvaluationError: There is no point.
+        OSError: The file cannot be written.
+    """
+    if not points:
+        raise EvaluationError("no method has both a retention and a size: nothing to draw")
+    figure, axes = _figure(5.6)
+    groups: dict[float, list[tuple[float, str, str]]] = {}
+    for number, (name, bits, retention) in enumerate(points):
+        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+        value = retention.estimate or 0.0
+        known = retention.low is not None and retention.high is not None
+        spread = [[value - (retention.low or 0.0)], [(retention.high or 0.0) - value]]
+        axes.errorbar(
+            [bits], [value], yerr=spread if known else None, color=colour, marker=marker, ms=8,
+            capsize=3, ls="none", zorder=3,
+        )  # fmt: skip
+        groups.setdefault(round(bits), []).append((value, name, colour))
+    largest = max(bits for _, bits, _ in points)
+    axes.set_xlim(0.0, 1.35 * largest)
+    axes.set_ylim(0.0, 110.0)
+    for at, ends in groups.items():
+        _label_ends(axes, ends, at + 0.025 * largest, 4.6, (0.0, 110.0), ".1f")
+    axes.axhline(100.0, color=_MUTED, lw=1.0, ls=(0, (4, 3)))
+    axes.set_xlabel("bits stored for each parameter of the backbone", color=_MUTED)
+    axes.set_ylabel("retention in %", color=_MUTED)
+    axes.tick_params(length=0, colors=_INK)
+    axes.grid(axis="y", color=_RULE, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_RULE)
+    _titles(figure, title or "Retention against storage", "Dashed: the experts, each alone.")
+    _save(figure, path)
+
+
 def _matrix_rows(
     order: Sequence[str],
     scores: StageScores,
@@ -238,6 +285,7 @@ def _label_ends(
     x: float,
     gap: float,
     limits: tuple[float, float],
+    digits: str = ".2f",
 ) -> None:
     """Write each line's name and last score beside its end, at least `gap` apart."""
     ordered = sorted(ends, key=lambda end: (end[0], end[1]))
@@ -251,7 +299,7 @@ def _label_ends(
         ceiling = heights[i] - gap
     for height, (value, modality, colour) in zip(heights, ordered, strict=True):
         axes.text(
-            x, height, f"{_words(modality)} {value:.2f}", color=colour, va="center", size=12,
+            x, height, f"{_words(modality)} {value:{digits}}", color=colour, va="center", size=12,
             weight="bold", clip_on=False,
         )  # fmt: skip
 

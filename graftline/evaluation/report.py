@@ -24,6 +24,8 @@ from graftline.evaluation.bootstrap import Cell, Interval, intervals
 from graftline.evaluation.gains import Gains, all_gains
 
 Point = Literal["vanilla", "merged", "final", "expert"]
+JOINT = "joint"
+"""Stands for a modality where questions over several modalities were scored."""
 Place = tuple[str, int, str]
 """A model's place: (point, stage, modality scored); the stage of an expert is 0."""
 
@@ -92,11 +94,13 @@ class RunScores:
         cells: Scores; at least those of the last stage's `final` model on every modality.
         wall_seconds: Duration of the run.
         computing_seconds: What its steps took, by whichever run they were computed.
+        merging_seconds: What its merges and compositions took of that.
         peak_rss_bytes: Peak resident memory.
         data_md5: The version of the data, from `data.dvc`.
         fingerprint: Fingerprint of the run's last step.
         text_perplexity_before: Perplexity of the held-out text under the untouched base.
         text_perplexity_after: The same under the last model.
+        storage_bits: What the last model's backbones take, in bits a parameter of one backbone.
     """
 
     recipe: str
@@ -106,16 +110,18 @@ class RunScores:
     cells: tuple[ScoreCell, ...]
     wall_seconds: float
     computing_seconds: float
+    merging_seconds: float
     peak_rss_bytes: int
     data_md5: str
     fingerprint: str
     text_perplexity_before: float | None = None
     text_perplexity_after: float | None = None
+    storage_bits: float | None = None
 
     def __post_init__(self) -> None:
         seen: set[tuple[Place, str]] = set()
         for cell in self.cells:
-            if cell.modality not in self.order:
+            if cell.modality not in (*self.order, JOINT):
                 raise EvaluationError(f"modality {cell.modality!r} is not in {list(self.order)}")
             if (cell.place, cell.task) in seen:
                 raise EvaluationError(f"{cell.place} on task {cell.task!r} was scored twice")
@@ -174,6 +180,8 @@ def run_intervals(
         gains = gains_of(scores, order)
         named: dict[str, float | None] = {k: getattr(gains, k).value for k in HEADLINES}
         named.update({f"scores.{m}": scores[("final", last, m)] for m in order})
+        if ("final", last, JOINT) in scores:
+            named[JOINT] = scores[("final", last, JOINT)]
         return named
 
     return intervals(cells_per_seed, statistics, replicates, seed)
@@ -224,16 +232,19 @@ def metrics_of(run: RunScores, replicates: int = 2000) -> dict[str, Any]:
         "undefined": {k: gain.reason for k, gain in named.items() if gain.value is None},
         "intervals": {name: asdict(each) for name, each in found.items()},
         "scores": {m: stages[last][m] for m in run.order},
+        JOINT: stages[last].get(JOINT),
         "scores_when_learned": diagonal,
         "scores_vanilla": vanilla,
         "scores_expert": experts,
         "scores_per_task": {
-            m: {c.task: _task_score(c) for c in final if c.modality == m} for m in run.order
+            m: {c.task: _task_score(c) for c in final if c.modality == m} for m in stages[last]
         },
         "text_perplexity_before": run.text_perplexity_before,
         "text_perplexity_after": run.text_perplexity_after,
         "wall_seconds": run.wall_seconds,
         "computing_seconds": run.computing_seconds,
+        "merging_seconds": run.merging_seconds,
+        "storage_bits": run.storage_bits,
         "peak_rss_bytes": run.peak_rss_bytes,
         "data_md5": run.data_md5,
         "fingerprint": run.fingerprint,
@@ -300,6 +311,8 @@ _SCALARS = (
     "seed",
     "wall_seconds",
     "computing_seconds",
+    "merging_seconds",
+    "storage_bits",
     "peak_rss_bytes",
     "data_md5",
     "fingerprint",

@@ -33,7 +33,13 @@ logger = logging.getLogger(__name__)
 
 QUESTION = "question"
 CAPTION = "caption"
-METRICS: Mapping[str, str] = {QUESTION: "exact_match", CAPTION: "cider_d_over_10"}
+JOINT_TASKS: Mapping[int, str] = {2: "two media", 3: "three media"}
+"""Questions with so many media before them."""
+METRICS: Mapping[str, str] = {
+    QUESTION: "exact_match",
+    CAPTION: "cider_d_over_10",
+    **dict.fromkeys(JOINT_TASKS.values(), "exact_match"),
+}
 CIDER_SCALE = 10.0
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -130,7 +136,7 @@ def score_examples(
     """Scores of one task's examples, from 0 to 1.
 
     Args:
-        task: `question` (exact match) or `caption` (CIDEr-D / 10).
+        task: `question`, `two media`, `three media` (exact match), or `caption` (CIDEr-D / 10).
         predictions: One answer an example.
         references: One or more right answers an example.
 
@@ -143,7 +149,7 @@ def score_examples(
     if task not in METRICS:
         raise EvaluationError(f"unknown task {task!r}: one of {sorted(METRICS)}")
     _check(predictions, references)
-    if task == QUESTION:
+    if METRICS[task] == METRICS[QUESTION]:
         return [exact_match(p, a) for p, a in zip(predictions, references, strict=True)]
     return [score / CIDER_SCALE for score in cider_d_scores(predictions, references)]
 

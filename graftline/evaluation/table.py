@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +11,13 @@ from pathlib import Path
 
 from graftline.evaluation import EvaluationError
 from graftline.evaluation.bootstrap import Interval
-from graftline.evaluation.report import RunScores, bootstrap_cells, read_report, run_intervals
+from graftline.evaluation.report import (
+    JOINT,
+    RunScores,
+    bootstrap_cells,
+    read_report,
+    run_intervals,
+)
 
 _HEADINGS = {"brg": "BRG", "brg_mean": "mean BRG", "frg_mean": "FRG", "retention": "retention"}
 _NONE = "n/a"
@@ -29,6 +37,8 @@ class SummaryRow:
         text_perplexity_before: Mean over seeds; `None` if a run lacks it.
         text_perplexity_after: The same for the last model.
         computing_seconds: What all steps took, mean over seeds.
+        merging_seconds: What merging took of that.
+        storage_bits: Bits a parameter that the last model's backbones take.
     """
 
     recipe: str
@@ -40,6 +50,8 @@ class SummaryRow:
     text_perplexity_before: float | None
     text_perplexity_after: float | None
     computing_seconds: float
+    merging_seconds: float
+    storage_bits: float | None
 
 
 def summarise_runs(folders: Iterable[Path | str], replicates: int = 2000) -> list[SummaryRow]:
@@ -72,22 +84,52 @@ def markdown_table(rows: Sequence[SummaryRow]) -> str:
     Returns:
         The table with a closing newline; a column a modality in the order of first appearance.
     """
+    headings, lines = _fields(rows)
+    escaped = [[field.replace("|", "\\|") for field in line] for line in lines]
+    rule = "|" + " --- |" * len(headings)
+    text = ["| " + " | ".join(line) + " |" for line in [headings, *escaped]]
+    return "\n".join([text[0], rule, *text[1:]]) + "\n"
+
+
+def csv_table(rows: Sequence[SummaryRow]) -> str:
+    """The same table as CSV."""
+    headings, lines = _fields(rows)
+    stream = io.StringIO(newline="")
+    csv.writer(stream, lineterminator="\n").writerows([headings, *lines])
+    return stream.getvalue()
+
+
+def _fields(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and the fields of each row; gains that no row has are left out."""
     modalities = list(dict.fromkeys(m for row in rows for m in row.order))
-    headings = ["method", *_HEADINGS.values(), *(m.replace("_", " ") for m in modalities)]
-    headings += ["text perplexity", "order", "seeds", "n"]
-    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    gains = {
+        name: heading
+        for name, heading in _HEADINGS.items()
+        if any(name in row.intervals and row.intervals[name].estimate is not None for row in rows)
+    }
+    headings = ["method", *gains.values(), *(m.replace("_", " ") for m in modalities), "joint"]
+    headings += ["text perplexity", "bits a parameter", "seconds to merge", "order", "seeds", "n"]
+    lines = []
     for row in rows:
-        fields = [row.method]
-        fields += [_with_interval(row.intervals.get(name), 1.0) for name in _HEADINGS]
+        fields = [label_of(row, rows[0].recipe)]
+        fields += [_with_interval(row.intervals.get(name), 1.0) for name in gains]
         fields += [_with_interval(row.intervals.get(f"scores.{m}"), 100.0) for m in modalities]
         fields += [
+            _with_interval(row.intervals.get(JOINT), 100.0),
             f"{_number(row.text_perplexity_before)} → {_number(row.text_perplexity_after)}",
+            _NONE if row.storage_bits is None else f"{row.storage_bits:.1f}",
+            f"{row.merging_seconds:.1f}",
             ", ".join(m.replace("_", " ") for m in row.order),
             ", ".join(str(seed) for seed in row.seeds),
             str(row.n_examples),
         ]
-        lines.append("| " + " | ".join(field.replace("|", "\\|") for field in fields) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(fields)
+    return headings, lines
+
+
+def label_of(row: SummaryRow, recipe: str) -> str:
+    """The method, and the recipe's name where it is another one than `recipe`."""
+    return row.method if row.recipe == recipe else f"{row.method} ({row.recipe})"
 
 
 def _summary(runs: list[RunScores], replicates: int) -> SummaryRow:
@@ -113,6 +155,8 @@ def _summary(runs: list[RunScores], replicates: int) -> SummaryRow:
         text_perplexity_before=_mean([run.text_perplexity_before for run in runs]),
         text_perplexity_after=_mean([run.text_perplexity_after for run in runs]),
         computing_seconds=math.fsum(run.computing_seconds for run in runs) / len(runs),
+        merging_seconds=math.fsum(run.merging_seconds for run in runs) / len(runs),
+        storage_bits=_mean([run.storage_bits for run in runs]),
     )
 
 

@@ -99,6 +99,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
 def _tiny_tokenizer() -> Any:
     """Byte-level BPE without merges: one token a byte, and three special ones in front."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     with BUILDING:
         from transformers import PreTrainedTokenizerFast
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import time
@@ -96,9 +97,15 @@ def test_composition_needs_no_more_training(copy):
         assert set(metrics["scores"]) == {"image", "audio", "video", "point_cloud"}
         assert metrics["brg"] is None
         assert "no stages" in metrics["undefined"]["brg"]
+        assert metrics["scores_per_task"]["joint"]["three media"]["n"] == 16
+        # bf16 or fp32 backbones: theta_0, merged weights and four masks; or five whole ones
+        width = 32 if metrics["storage_bits"] > 100 else 16
+        stored = 2 * width + 4 if method == "mmer" else 5 * width
+        assert metrics["storage_bits"] == pytest.approx(stored, rel=0.01)
     kinds = [name.split("/")[1] for name in set(copy.artifacts()) - before]
-    assert sorted(kinds) == sorted(["compose", "evaluate", "evaluate", "evaluate", "evaluate",
-                                    "perplexity"] * 2)  # fmt: skip
+    assert sorted(kinds) == sorted(
+        2 * ["compose", *4 * ["evaluate"], "evaluate-joint", "perplexity"]
+    )
     records = list(copy.folder.glob("artifacts/compose/*/backbone/merge.json"))
     assert records and all(str(copy.folder) not in record.read_text() for record in records)
     code, text = copy.run("table", "params/tiny.yaml")
@@ -106,6 +113,15 @@ def test_composition_needs_no_more_training(copy):
     assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| m")] == [
         "method", "mera", "mmer"
     ]  # fmt: skip
+    code, text = copy.run("table", "params/tiny.yaml", "--composition")
+    assert code == 0, text
+    assert "| mera |" not in text
+    folder = copy.folder / "reports/tiny/compose"
+    assert (folder / "table.md").read_text().strip() == text.strip()
+    assert [row["method"] for row in csv.DictReader((folder / "table.csv").open())] == [
+        "mmer", "route"
+    ]  # fmt: skip
+    assert (folder / "storage.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_search_looks_at_validation_rows_alone(copy):

@@ -45,8 +45,9 @@ SMALL = task(name="small", persist_result=False)(_work)
 LARGE = task(name="large", persist_result=False)(_work)
 
 
-def _job(name: str, *needs: str, kind: str = "small") -> Job:
-    return Job(name, LARGE if kind == "large" else SMALL, {"name": name, "kind": kind}, needs)
+def _job(name: str, *needs: str, kind: str = "small", weight: float = 1.0) -> Job:
+    task = LARGE if kind == "large" else SMALL
+    return Job(name, task, {"name": name, "kind": kind}, needs, weight)
 
 
 @flow(name="slots", persist_result=False)
@@ -64,6 +65,11 @@ def test_the_longest_chain_starts_first_and_nothing_waits_in_a_slot(server: None
     assert set(_started[:2]) == {"c1", "leaf0"}
     assert max(_at_once["small"]) == 2
     assert _started.index("c3") < _started.index("leaf3")
+
+
+def test_a_chain_is_as_long_as_its_jobs_take(server: None) -> None:
+    _run([_job("c1"), _job("c2", "c1"), _job("leaf"), _job("heavy", weight=5.0)], 2)
+    assert set(_started[:2]) == {"heavy", "c1"}
 
 
 def test_one_slot_keeps_the_given_order(server: None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -23,36 +23,46 @@ _WEIGHTS = "model.safetensors"
 
 
 Text = Literal["merged", "modality"]
-"""What text and generated tokens meet: the backbone's own weights, or the modality's."""
+"""What text and generated tokens meet: the backbone's own weights, or the modality's.
+
+Where several modalities are routed, it is always the backbone's own."""
 
 
-def route_to_expert(
-    loaded: LoadedModel, modality: str, expert: Path, text: Text = "merged"
+def route_to_experts(
+    loaded: LoadedModel, experts: Mapping[str, Path], text: Text = "merged"
 ) -> LoadedModel:
-    """The modality's tokens meet an expert's weights.
+    """Each modality's tokens meet its expert's weights.
 
     Args:
-        loaded: a model with this modality's connector.
-        modality: whose tokens.
-        expert: `transformers` folder of the expert's backbone.
+        loaded: a model with these modalities' connectors.
+        experts: modality -> `transformers` folder of the expert's backbone.
         text: what text meets.
 
     Raises:
         GraftlineError: the expert lacks a weight, or one does not fit.
     """
-    weights = _weights(expert, routable_parameters(loaded.model.backbone), loaded)
-    dense = {name: DenseWeight(weight) for name, weight in weights.items()}
-    return _routed(loaded, modality, dense, text)
+    names = routable_parameters(loaded.model.backbone)
+    variants = {
+        modality: {
+            name: DenseWeight(weight) for name, weight in _weights(folder, names, loaded).items()
+        }
+        for modality, folder in experts.items()
+    }
+    return _routed(loaded, variants, text)
 
 
 def route_to_masks(
-    loaded: LoadedModel, modality: str, composed: Path, base: Path, text: Text = "merged"
+    loaded: LoadedModel,
+    modalities: Sequence[str],
+    composed: Path,
+    base: Path,
+    text: Text = "merged",
 ) -> LoadedModel:
-    """The modality's tokens meet base + scale * mask * tau* (MMER; EMR).
+    """Each modality's tokens meet base + scale * mask * tau* (MMER; EMR).
 
     Args:
-        loaded: a model around the composed backbone, with this modality's connector.
-        modality: whose tokens.
+        loaded: a model around the composed backbone, with these modalities' connectors.
+        modalities: whose tokens.
         composed: folder of a streamed merge by a rule that keeps a mask an expert; its record
             names the experts in the recipe's order, the composition's own.
         base: `transformers` folder of theta_0.
@@ -61,20 +71,24 @@ def route_to_masks(
     Raises:
         GraftlineError: a mask or weight is missing, or does not fit.
     """
-    backbone = loaded.model.backbone
-    names = routable_parameters(backbone)
-    index = _place(composed, modality)
-    masks = load_file(composed / "masks" / f"expert-{index}.safetensors")
+    names = routable_parameters(loaded.model.backbone)
+    places = {modality: _place(composed, modality) for modality in modalities}
+    masks = {
+        modality: load_file(composed / "masks" / f"expert-{place}.safetensors")
+        for modality, place in places.items()
+    }
     scales = json.loads((composed / "merge.json").read_text(encoding="utf-8"))["scales"]
     starts = _weights(base, names, loaded)
-    parameters = dict(backbone.named_parameters())
-    weights: dict[str, Weight] = {}
+    parameters = dict(loaded.model.backbone.named_parameters())
+    variants: dict[str, dict[str, Weight]] = {modality: {} for modality in modalities}
     for name in names:
         start, shared = starts[name], parameters[name].detach()
         delta = (shared.double() - start.double()).to(start.dtype)
-        mask = masks[name].to(start.device)
-        weights[name] = MaskedWeight(start, delta, mask, float(scales[name][index]))
-    return _routed(loaded, modality, weights, text)
+        for modality, place in places.items():
+            mask = masks[modality][name].to(start.device)
+            scale = float(scales[name][place])
+            variants[modality][name] = MaskedWeight(start, delta, mask, scale)
+    return _routed(loaded, variants, text)
 
 
 def _place(composed: Path, modality: str) -> int:
@@ -96,9 +110,12 @@ def _weights(folder: Path, names: list[str], loaded: LoadedModel) -> dict[str, T
 
 
 def _routed(
-    loaded: LoadedModel, modality: str, weights: Mapping[str, Weight], text: Text
+    loaded: LoadedModel, variants: Mapping[str, Mapping[str, Weight]], text: Text
 ) -> LoadedModel:
-    number = loaded.model.modality_numbers[modality]
-    text_as = number if text == "modality" else TEXT
-    route_backbone(loaded.model.backbone, {number: weights}, text_as=text_as)
+    numbers = loaded.model.modality_numbers
+    numbered = {numbers[modality]: weights for modality, weights in variants.items()}
+    # Beside media of several modalities text belongs to none of them.
+    alone = text == "modality" and len(numbered) == 1
+    text_as = next(iter(numbered)) if alone else TEXT
+    route_backbone(loaded.model.backbone, numbered, text_as=text_as)
     return replace(loaded, model=RoutedModel.around(loaded.model).eval())

@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 
 from graftline.evaluation import EvaluationError
-from graftline.evaluation.pictures import score_matrix, scores_over_stages
+from graftline.evaluation.bootstrap import Interval
+from graftline.evaluation.pictures import (
+    retention_against_storage,
+    score_matrix,
+    scores_over_stages,
+)
 from graftline.evaluation.report import (
     CSV_COLUMNS,
     Point,
@@ -24,7 +29,7 @@ from graftline.evaluation.report import (
     split_scores,
     write_report,
 )
-from graftline.evaluation.table import markdown_table, summarise_runs
+from graftline.evaluation.table import csv_table, label_of, markdown_table, summarise_runs
 
 ORDER = ("image", "audio", "point_cloud")
 METRIC = {"question": "exact_match", "caption": "cider_d_over_10"}
@@ -50,7 +55,20 @@ def make_run(seed: int = 0, method: str = "mera", level: float = 0.8, n: int = 3
             found += cells(stage, modality, "final")
         found += cells(0, added, "expert")
     return RunScores(
-        "tiny", method, seed, ORDER, tuple(found), 12.5, 11.0, 10**9, "abc", "f0", 20.0, 21.5
+        "tiny",
+        method,
+        seed,
+        ORDER,
+        tuple(found),
+        12.5,
+        11.0,
+        1.5,
+        10**9,
+        "abc",
+        "f0",
+        20.0,
+        21.5,
+        16.0,
     )
 
 
@@ -166,11 +184,29 @@ def test_table_over_seeds(tmp_path: Path) -> None:
     assert len({line.count("|") for line in lines}) == 1
     assert "point cloud" in lines[0]
     assert "0, 1, 2" in lines[2]
+    assert "| 16.0 | 1.5 |" in lines[2]
+    [headings, *fields] = list(csv.reader(csv_table(rows).splitlines()))
+    assert [line.count("|") for line in lines] == [len(headings) + 1] * 4
+    assert [line[0] for line in fields] == ["mera", "finetune"]
+    assert label_of(dataclasses.replace(rows[0], recipe="other"), "tiny") == "mera (other)"
     with pytest.raises(EvaluationError, match="comes twice"):
         summarise_runs([folders[0], folders[0]])
     write_report(folders[1], dataclasses.replace(make_run(1), data_md5="other"), 20)
     with pytest.raises(EvaluationError, match="different data"):
         summarise_runs(folders[:2])
+
+
+def test_retention_is_drawn_over_storage(tmp_path: Path) -> None:
+    points = [
+        ("mmer", 36.0, Interval(98.0, 96.5, 99.5, 1600, 3, 0.0)),
+        ("emr", 36.0, Interval(97.0, 95.0, 98.0, 1600, 3, 0.0)),
+        ("average", 16.0, Interval(70.0, None, None, 1600, 1, 0.0)),
+    ]
+    for name in "ab":
+        retention_against_storage(tmp_path / f"{name}.png", points, "tiny")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with pytest.raises(EvaluationError, match="nothing to draw"):
+        retention_against_storage(tmp_path / "c.png", [])
 
 
 def test_pictures_are_deterministic_and_leave_no_state(tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ def test_every_score_that_the_gains_need_is_planned() -> None:
 @pytest.mark.parametrize("method", ["ties", "mmer", "route"])
 def test_composition_combines_the_experts_that_every_run_measures(method: str) -> None:
     run = plan(method)
+    order = set(run.recipe.order)
     [compose] = [run.steps[reference] for reference in kinds(run, "compose")]
     experts = {s.modality: run.steps[s.reference] for s in run.scores if s.point == "expert"}
     for name, score in experts.items():
@@ -156,10 +157,13 @@ def test_composition_combines_the_experts_that_every_run_measures(method: str) -
     [stage] = run.stages
     assert stage.final.backbone == compose.reference
     routed = [run.steps[s.reference] for s in run.scores if s.point == "final"]
+    assert [step.kind for step in routed] == [*4 * ["evaluate"], "evaluate-joint"]
     for step in routed:
-        name = step.parameters["modality"]
+        asked = {role.partition(".")[2] for role in step.parents if role.startswith("connector.")}
+        kept = {role.partition(".")[2] for role in step.parents if role.startswith("expert.")}
+        assert asked == ({step.parameters["modality"]} if "modality" in step.parameters else order)
         assert ("base" in step.parents) == (method == "mmer")
-        assert (f"expert.{name}" in step.parents) == (method == "route")
+        assert kept == (asked if method == "route" else set())
         assert ("routing" in step.parameters) == (method != "ties")
 
 

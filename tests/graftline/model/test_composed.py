@@ -15,7 +15,7 @@ from graftline.merging.streaming import MergeRequest, merge_checkpoints
 from graftline.model.backbone import load_backbone
 from graftline.model.loading import LoadedModel, assemble, new_connector
 from graftline.model.routing import RoutedLinear, RoutedModel
-from graftline.model.routing.composed import route_to_expert, route_to_masks
+from graftline.model.routing.composed import route_to_experts, route_to_masks
 
 NAMES = ("image", "audio")
 
@@ -63,7 +63,7 @@ def _layers(loaded: LoadedModel) -> dict[str, RoutedLinear]:
 @pytest.mark.parametrize("modality", NAMES)
 def test_a_modality_meets_its_decoupled_weights(folders: dict[str, Path], modality: str) -> None:
     routed = route_to_masks(
-        _load(folders["composed"]), modality, folders["composed"], folders["base"]
+        _load(folders["composed"]), [modality], folders["composed"], folders["base"]
     )
     assert isinstance(routed.model, RoutedModel)
     index = NAMES.index(modality)
@@ -84,7 +84,7 @@ def test_a_modality_meets_its_decoupled_weights(folders: dict[str, Path], modali
 
 
 def test_a_modality_meets_its_expert(folders: dict[str, Path]) -> None:
-    routed = route_to_expert(_load(folders["composed"]), "audio", folders["audio"])
+    routed = route_to_experts(_load(folders["composed"]), {"audio": folders["audio"]})
     expert = load_file(folders["audio"] / "model.safetensors")
     number = routed.model.modality_numbers["audio"]
     for name, layer in _layers(routed).items():
@@ -94,7 +94,7 @@ def test_a_modality_meets_its_expert(folders: dict[str, Path]) -> None:
 def test_text_may_meet_the_modality_too(folders: dict[str, Path]) -> None:
     """Then the routed model is the expert itself, whatever its tokens are."""
     expert = _load(folders["audio"])
-    routed = route_to_expert(_load(folders["composed"]), "audio", folders["audio"], "modality")
+    routed = route_to_experts(_load(folders["composed"]), {"audio": folders["audio"]}, "modality")
     width = expert.model.backbone.config.hidden_size
     tokens = torch.randn(2, 6, width, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():  # embeddings and output layer are shared, so they stay out of it
@@ -106,4 +106,4 @@ def test_text_may_meet_the_modality_too(folders: dict[str, Path]) -> None:
 def test_a_modality_without_expert_is_named(folders: dict[str, Path]) -> None:
     (folders["composed"].parent / "experts.json").write_text('["image", "video"]')
     with pytest.raises(GraftlineError, match=r"no expert for audio \(it has: \['image', 'video'\]"):
-        route_to_masks(_load(folders["composed"]), "audio", folders["composed"], folders["base"])
+        route_to_masks(_load(folders["composed"]), ["audio"], folders["composed"], folders["base"])
