@@ -63,7 +63,7 @@ def plan_run(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> Run
     perplexity = {"before": planner.perplexity(base, 0)}
     stages = tuple(method_named(recipe.method)(planner, recipe.order))
     scores = [score for stage in stages for score in _stage_scores(planner, stage)]
-    scores += _joint_scores(planner, stages)
+    scores += _last_scores(planner, stages)
     for modality in recipe.order:
         scores.append(_score(planner, expert(planner, modality), modality, "expert", 0, modality))
     last = stages[-1].final.backbone if stages else base
@@ -71,13 +71,20 @@ def plan_run(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> Run
     return RunPlan(recipe, stages, tuple(scores), perplexity, dict(planner.steps))
 
 
-def _joint_scores(planner: Planner, stages: tuple[Stage, ...]) -> list[PlannedScore]:
-    """Questions over several modalities, asked of the last model."""
-    if not stages or len(stages[-1].final.connectors) < min(JOINT_TASKS):
+def _last_scores(planner: Planner, stages: tuple[Stage, ...]) -> list[PlannedScore]:
+    """What is asked at the last stage alone: the merged model, and joint questions."""
+    if not stages:
         return []
     last = stages[-1]
-    reference = planner.evaluate_joint(last.final, last.index)
-    return [PlannedScore(last.index, last.modality, JOINT, "final", reference)]
+    scores = []
+    if last.merged is not None and last.merged != last.final:
+        scores = [
+            _stage_score(planner, last, last.merged, m, "merged") for m in last.final.connectors
+        ]
+    if len(last.final.connectors) >= min(JOINT_TASKS):
+        reference = planner.evaluate_joint(last.final, last.index)
+        scores.append(PlannedScore(last.index, last.modality, JOINT, "final", reference))
+    return scores
 
 
 def _stage_scores(planner: Planner, stage: Stage) -> list[PlannedScore]:
@@ -85,8 +92,6 @@ def _stage_scores(planner: Planner, stage: Stage) -> list[PlannedScore]:
     if stage.vanilla is not None:
         scores.append(_stage_score(planner, stage, stage.vanilla, stage.modality, "vanilla"))
     for modality in stage.final.connectors:
-        if stage.merged is not None:
-            scores.append(_stage_score(planner, stage, stage.merged, modality, "merged"))
         scores.append(_stage_score(planner, stage, stage.final, modality, "final"))
     return scores
 
