@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,44 +15,17 @@ from safetensors.torch import load_file, save_file
 from graftline.merging.compatibility import CannotMergeCheckpoints
 from graftline.merging.core import Block, Context, added, decoupled
 from graftline.merging.masks import decoupled_weight, load_masks
-from graftline.merging.reading import BLOCK
 from graftline.merging.rules import RULES, parameters_for
 from graftline.merging.streaming import MergeRequest, merge_checkpoints
+from tests.graftline.merging import checkpoint_maker as maker
+from tests.graftline.merging.folders import files_of, refused, tensors_of
 
 ROOT = Path(__file__).resolve().parents[3]
-_MAKER = Path(__file__).with_name("checkpoint_maker.py")
-_spec = importlib.util.spec_from_file_location("checkpoint_maker", _MAKER)
-maker = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(maker)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> tuple[Path, list[Path]]:
     return maker.trio(tmp_path_factory.mktemp("models"))
-
-
-def _load(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors.update(load_file(file))
-    return tensors
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def _refused(base: Path, experts: list[Path], out: Path, **named) -> str:
-    """The message of a refusal that left nothing behind."""
-    before = sorted(out.parent.iterdir())
-    with pytest.raises(CannotMergeCheckpoints) as error:
-        merge_checkpoints(MergeRequest("average", base, tuple(experts), out, **named))
-    assert sorted(out.parent.iterdir()) == before
-    return str(error.value)
 
 
 # --- results -------------------------------------------------------------------------------
@@ -73,10 +43,10 @@ def test_streaming_gives_what_the_rule_gives_in_memory(models, tmp_path, name, s
     report = merge_checkpoints(MergeRequest(name, base, tuple(experts), tmp_path / "out", chosen))
     assert (report.merged, report.kept, report.warnings) == (6, 0, ())
     parameters = parameters_for(rule, chosen, 2)
-    start, tuned = _load(base), [_load(expert) for expert in experts]
+    start, tuned = tensors_of(base), [tensors_of(expert) for expert in experts]
     blocks = [Block(t, tuple(e[n] for e in tuned), t.numel()) for n, t in start.items()]
     found = rule.statistics(lambda: blocks, parameters) if scope == "global" else None
-    got = _load(tmp_path / "out")
+    got = tensors_of(tmp_path / "out")
     assert got.keys() == start.keys()
     masks = [load_masks(p) for p in sorted((tmp_path / "out" / "masks").glob("*"))]
     record = json.loads((tmp_path / "out" / "merge.json").read_text())
@@ -101,8 +71,8 @@ def test_streaming_gives_what_the_rule_gives_in_memory(models, tmp_path, name, s
 def test_average_is_the_nearest_value_in_every_element(models, tmp_path):
     base, experts = models
     merge_checkpoints(MergeRequest("average", base, tuple(experts), tmp_path / "out"))
-    first, second = (_load(expert) for expert in experts)
-    for name, value in _load(tmp_path / "out").items():
+    first, second = (tensors_of(expert) for expert in experts)
+    for name, value in tensors_of(tmp_path / "out").items():
         exact = (first[name].double() + second[name].double()) / 2
         here = (value.double() - exact).abs()
         bits = value.view(torch.int16)
@@ -123,7 +93,9 @@ def test_neither_shards_nor_threads_nor_order_change_a_byte(models, tmp_path, na
             merge_checkpoints(
                 MergeRequest(name, base, tuple(chosen), out, seed=3, shard_bytes=size)
             )
-            seen.append({n: t.view(torch.int16).numpy().tobytes() for n, t in _load(out).items()})
+            seen.append(
+                {n: t.view(torch.int16).numpy().tobytes() for n, t in tensors_of(out).items()}
+            )
     finally:
         torch.set_num_threads(before)
     assert seen[0] == seen[1] == seen[2]
@@ -177,9 +149,9 @@ def test_the_same_request_again_is_a_look(models, tmp_path):
     base, experts = models
     request = MergeRequest("average", base, tuple(experts), tmp_path / "out")
     assert not merge_checkpoints(request).reused
-    before = _files(tmp_path / "out")
+    before = files_of(tmp_path / "out")
     assert merge_checkpoints(request).reused
-    assert _files(tmp_path / "out") == before
+    assert files_of(tmp_path / "out") == before
     with pytest.raises(CannotMergeCheckpoints, match="choose an empty folder"):
         merge_checkpoints(dataclasses.replace(request, rule="ties"))
     (tmp_path / "out" / "model.safetensors").write_bytes(b"")
@@ -197,7 +169,7 @@ def test_what_only_the_base_has_and_kept_prefixes_stay_bit_identical(tmp_path):
     expert = maker.write(tmp_path / "e", maker.weights(1, base=start))
     request = MergeRequest("average", base, (expert,), tmp_path / "o", keep={"model.norm.": None})
     report = merge_checkpoints(request)
-    got = _load(tmp_path / "o")
+    got = tensors_of(tmp_path / "o")
     assert (report.merged, report.kept) == (5, 3)
     for name in ("tower.w", "model.position_ids", "model.norm.weight"):
         assert torch.equal(got[name], {**start, **tower}[name])
@@ -209,11 +181,11 @@ def test_a_prefix_may_be_kept_from_another_folder(tmp_path):
     tower = {"tower.w": torch.randn(9, 3)}
     base = maker.write(tmp_path / "base", start)
     expert = maker.write(tmp_path / "e", {**maker.weights(1, base=start), **tower})
-    assert "tower.w is not in the base" in _refused(base, [expert], tmp_path / "o")
+    assert "tower.w is not in the base" in refused(base, [expert], tmp_path / "o")
     keep = {"tower.": expert}
     merge_checkpoints(MergeRequest("average", base, (expert,), tmp_path / "o", keep=keep))
-    assert torch.equal(_load(tmp_path / "o")["tower.w"], tower["tower.w"])
-    text = _refused(base, [expert], tmp_path / "p", keep={"towr.": expert})
+    assert torch.equal(tensors_of(tmp_path / "o")["tower.w"], tower["tower.w"])
+    text = refused(base, [expert], tmp_path / "p", keep={"towr.": expert})
     assert "no tensor begins with the kept prefix 'towr.'" in text
 
 
@@ -231,11 +203,11 @@ def test_a_tied_head_is_understood_whether_stored_or_not(tmp_path):
     expert_bare = maker.write(tmp_path / "eb", moved_without, config=tied)
     loose = maker.write(tmp_path / "loose", maker.weights(2, base=start))
     merge_checkpoints(MergeRequest("average", bare, (expert,), tmp_path / "o1"))
-    assert _load(tmp_path / "o1").keys() == without.keys()
+    assert tensors_of(tmp_path / "o1").keys() == without.keys()
     merge_checkpoints(MergeRequest("average", stored, (expert_bare,), tmp_path / "o2"))
-    got = _load(tmp_path / "o2")
+    got = tensors_of(tmp_path / "o2")
     assert torch.equal(got["lm_head.weight"], got["model.embed_tokens.weight"])
-    assert "untie the base or tie the expert" in _refused(bare, [loose], tmp_path / "o3")
+    assert "untie the base or tie the expert" in refused(bare, [loose], tmp_path / "o3")
 
 
 def test_dtypes_may_differ_and_the_base_decides(tmp_path):
@@ -246,7 +218,7 @@ def test_dtypes_may_differ_and_the_base_decides(tmp_path):
     half = maker.write(tmp_path / "h", maker.weights(2, torch.float16, base=start))
     report = merge_checkpoints(MergeRequest("average", base, (expert, half), tmp_path / "o"))
     assert any("holds F32 where the base has BF16" in warning for warning in report.warnings)
-    got, halves = _load(tmp_path / "o"), _load(half)
+    got, halves = tensors_of(tmp_path / "o"), tensors_of(half)
     for name, value in got.items():
         exact = (moved[name].double() + halves[name].double()) / 2
         assert value.dtype == torch.bfloat16
@@ -255,220 +227,8 @@ def test_dtypes_may_differ_and_the_base_decides(tmp_path):
 
 def test_an_expert_that_is_the_base_is_a_warning(models, tmp_path):
     base, experts = models
-    copy = maker.write(tmp_path / "copy", _load(base))
+    copy = maker.write(tmp_path / "copy", tensors_of(base))
     for twin in (base, copy):
         request = MergeRequest("mmer", base, (experts[0], twin), tmp_path / f"out-{twin.name}")
         warnings = merge_checkpoints(request).warnings
         assert len(warnings) == 1 and f"{twin}: equals the base" in warnings[0]
-
-
-# --- refusals ------------------------------------------------------------------------------
-
-
-def test_every_problem_is_named_at_once(tmp_path):
-    start = maker.weights(0)
-    base = maker.write(tmp_path / "base", start)
-    first = maker.weights(1, base=start)
-    first["model.norm.weight"] = torch.zeros(17, dtype=torch.bfloat16)
-    first["model.embed_tokens.weight"] = torch.zeros(64, 16, dtype=torch.bfloat16)
-    first["strange.weight"] = torch.zeros(2)
-    second = maker.weights(2, base=start)
-    del second["lm_head.weight"]
-    experts = [maker.write(tmp_path / "e1", first), maker.write(tmp_path / "e2", second)]
-    text = _refused(base, experts, tmp_path / "out")
-    assert text.startswith("4 problem(s), nothing was written")
-    assert "e1: model.norm.weight has shape [17], the base [16]" in text
-    assert "e1: model.embed_tokens.weight has shape [64, 16]" in text
-    assert "resize_token_embeddings" in text
-    assert "e1: strange.weight is not in the base" in text
-    assert "e2: lacks lm_head.weight" in text
-
-
-def test_renamed_keys_are_recognised(tmp_path):
-    start = maker.weights(0)
-    base = maker.write(tmp_path / "base", start)
-    moved = {f"language_model.{n}": t for n, t in maker.weights(1, base=start).items()}
-    expert = maker.write(tmp_path / "e", moved)
-    text = _refused(base, [expert], tmp_path / "out")
-    assert "tensors begin with 'language_model' where the base has ''" in text
-    assert text.startswith("1 problem(s)") or "shares no" in text
-
-
-def test_an_empty_intersection_is_refused(tmp_path):
-    base = maker.write(tmp_path / "base", {"a": torch.zeros(2)})
-    expert = maker.write(tmp_path / "e", {"a": torch.zeros(2)})
-    text = _refused(base, [expert], tmp_path / "out", keep={"a": None})
-    assert "shares no floating-point tensor" in text
-
-
-def test_damaged_files_are_named(models, tmp_path):
-    base, _ = models
-    start = _load(base)
-    cut = maker.write(tmp_path / "cut", start, shards=2)
-    shard = cut / "model-00001-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-10])
-    absent = maker.write(tmp_path / "absent", start, shards=3)
-    (absent / "model-00002-of-00003.safetensors").unlink()
-    garbage = maker.write(tmp_path / "garbage", start)
-    (garbage / "model.safetensors").write_bytes(b"\xff" * 100)
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    (pickled / "pytorch_model.bin").write_bytes(b"x")
-    index = maker.write(tmp_path / "index", start, shards=2)
-    (index / "model.safetensors.index.json").write_text("{")
-    experts = [cut, absent, garbage, pickled, index, tmp_path / "nowhere"]
-    text = _refused(base, experts, tmp_path / "out")
-    assert "model-00001-of-00002.safetensors: its tensors need" in text and "cut off?" in text
-    assert "model-00002-of-00003.safetensors: is missing" in text
-    assert "garbage/model.safetensors: its safetensors header is cut off or damaged" in text
-    assert "pytorch_model.bin are pickles" in text
-    assert "index.json: is no index of shards" in text
-    assert "nowhere: no such folder" in text
-
-
-@pytest.mark.parametrize("rule", ["average", "ties", "mmer"])
-@pytest.mark.parametrize("scope", ["global", "tensor"])
-def test_nan_and_infinity_leave_nothing_behind(models, tmp_path, rule, scope):
-    base, experts = models
-    ill = _load(experts[0])
-    ill["model.norm.weight"][3] = float("nan")
-    ill["model.layers.0.mlp.up_proj.weight"][-1, -1] = float("-inf")
-    expert = maker.write(tmp_path / "ill", ill)
-    parameters = {} if rule == "average" else {"scope": scope}
-    with pytest.raises(CannotMergeCheckpoints) as error:
-        merge_checkpoints(MergeRequest(rule, base, (expert,), tmp_path / "out", parameters))
-    assert len(error.value.problems) == 2
-    assert "model.norm.weight holds NaN or infinity" in str(error.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ill"]
-
-
-def test_values_that_do_not_fit_the_dtype_are_refused(tmp_path):
-    base = maker.write(tmp_path / "base", {"a": torch.full((3,), 60000.0, dtype=torch.float16)})
-    expert = maker.write(tmp_path / "e", {"a": torch.full((3,), 65000.0, dtype=torch.float16)})
-    request = MergeRequest("task-arithmetic", base, (expert,), tmp_path / "o", {"scale": 5.0})
-    with pytest.raises(CannotMergeCheckpoints, match="too large for F16"):
-        merge_checkpoints(request)
-
-
-def test_integers_must_agree_and_vocabularies_too(tmp_path):
-    base = maker.write(tmp_path / "base", {"w": torch.zeros(2), "ids": torch.arange(3)})
-    expert = maker.write(tmp_path / "e", {"w": torch.ones(2), "ids": torch.arange(1, 4)})
-    swapped = {**maker.VOCABULARY, "token0": 1, "token1": 0}
-    tokenizer = {"model": {"vocab": swapped}, "added_tokens": []}
-    (expert / "tokenizer.json").write_text(json.dumps(tokenizer))
-    text = _refused(base, [expert], tmp_path / "out")
-    assert "ids (I64) differs from the base's" in text
-    assert "2 tokens ('token0', 'token1' ...) have other numbers" in text
-
-
-def test_foreign_files_and_inputs_are_never_overwritten(models, tmp_path):
-    base, experts = models
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.tex").write_text("years of work")
-    assert "holds thesis.tex" in _refused(base, experts, out)
-    assert (out / "thesis.tex").read_text() == "years of work"
-    assert "is an input" in _refused(base, experts, experts[0])
-    file = tmp_path / "file"
-    file.write_text("")
-    assert "is not a folder" in _refused(base, experts, file)
-
-
-def test_a_full_disk_is_seen_before(models, tmp_path, monkeypatch):
-    import shutil
-
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert "the result needs 0.1 GB" in _refused(*models, tmp_path / "out")
-
-
-def test_a_failed_write_stops_the_merge(models, tmp_path, monkeypatch):
-    from graftline.errors import GraftlineError
-    from graftline.merging.writing import Writing
-
-    def fail(self, name, content):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Writing, "_append", fail)
-    with pytest.raises(GraftlineError, match="No space left"):
-        merge_checkpoints(MergeRequest("average", models[0], tuple(models[1]), tmp_path / "out"))
-    assert not list(tmp_path.iterdir())
-
-
-# --- crashes and memory --------------------------------------------------------------------
-
-
-def test_a_merge_killed_anywhere_is_repeated_whole(tmp_path):
-    maker.trio(tmp_path)
-    done = subprocess.run(
-        [sys.executable, str(_MAKER), str(tmp_path), "7", "10"],
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    killed = json.loads(done.stdout)
-    assert len(killed) >= 10
-    whole = _files(tmp_path / "whole")
-    experts = (tmp_path / "e1", tmp_path / "e3")
-    for number in killed:
-        out = tmp_path / f"killed-{number}"
-        assert not out.exists() or _files(out) == whole  # never a third thing
-        merge_checkpoints(
-            MergeRequest("mmer", tmp_path / "base", experts, out, shard_bytes=100_000)
-        )
-        assert _files(out) == whole
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")]
-
-
-_MEASURE = """
-import sys, threading, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from graftline.merging.streaming import *
-def anonymous():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1])
-folder, rule, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-peak, going = [anonymous()], True
-def watch():
-    while going:
-        peak.append(anonymous()); time.sleep(0.005)
-thread = threading.Thread(target=watch); thread.start()
-experts = tuple(folder / f"e{n}" for n in range(count))
-merge_checkpoints(MergeRequest(rule, folder / "base", experts, folder / f"{rule}-{count}"))
-going = False; thread.join()
-print(max(peak) - peak[0])
-"""
-
-
-@pytest.mark.parametrize("rule", ["average", "ties"])
-def test_memory_does_not_grow_with_the_number_of_experts(tmp_path, rule):
-    """Sparse files of one large tensor: 32 MB in bf16."""
-    elements = 1 << 24
-    for name in ("base", *(f"e{n}" for n in range(6))):
-        folder = maker.write(tmp_path / name, {"w": torch.zeros(1, dtype=torch.bfloat16)})
-        header = json.dumps(
-            {"w": {"dtype": "BF16", "shape": [elements], "data_offsets": [0, 2 * elements]}}
-        ).encode()
-        with open(folder / "model.safetensors", "wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.write((1 if name == "base" else 2).to_bytes(2, "little"))
-            file.truncate(8 + len(header) + 2 * elements)
-    peaks = {}
-    for count in (1, 6):
-        done = subprocess.run(
-            [sys.executable, "-c", _MEASURE, str(tmp_path), rule, str(count)],
-            env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        peaks[count] = int(done.stdout) / 1024
-    assert peaks[6] < 300, peaks
-    assert peaks[6] < peaks[1] + 40, peaks
-    assert BLOCK % 8 == 0  # masks are packed by the byte

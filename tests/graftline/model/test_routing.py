@@ -1,7 +1,8 @@
+"""A routed model against its modalities' dense models, token by token."""
+
 from __future__ import annotations
 
 import copy
-import dataclasses
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,135 +11,25 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from graftline.errors import GraftlineError
-from graftline.model.backbone import load_backbone
-from graftline.model.loading import assemble, new_connector
 from graftline.model.multimodal import Batch, collate
 from graftline.model.prompts import MediaSlot
 from graftline.model.routing import (
     DenseWeight,
-    LowRankWeight,
     MaskedWeight,
-    RoutedLinear,
-    RoutedModel,
     routable_parameters,
     route_backbone,
     routed,
     unroute_backbone,
 )
 from graftline.model.routing.layers import STREAMED
-from graftline.model.routing.router import ATTRIBUTE
-
-NAMES = ("audio", "image", "point_cloud", "video")
-KINDS = ("dense", "masked", "low-rank")
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-DELTA = 0.05
-"""Large against the tiny model's weights, so that a wrong route shows."""
-
-
-class Setting:
-    """A tiny model with four modalities and what their weights are, routed and dense."""
-
-    def __init__(self, folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> None:
-        self.folder, self.dtype = folder, dtype
-        self.loaded = self.load()
-        self.model, self.backbone = self.loaded.model, self.loaded.model.backbone
-        self.generator = torch.Generator().manual_seed(7)
-        self.base = {
-            name: self.backbone.get_parameter(name).detach().clone()
-            for name in routable_parameters(self.backbone)
-        }
-        self.delta = {name: self.noise(value) for name, value in self.base.items()}
-        with torch.no_grad():  # what text meets differs from the base and from all modalities
-            for name, value in self.delta.items():
-                self.backbone.get_parameter(name).add_(value, alpha=0.3)
-        self.variants = {
-            number: {name: self.weight(kind, number, name) for name in self.base}
-            for number in self.model.modality_numbers.values()
-        }
-
-    def load(self):
-        backbone = load_backbone(self.folder, self.dtype, "eager")
-        rows = torch.randn(32, 3, 8, generator=torch.Generator().manual_seed(3))
-        shape = {"tokens": 2, "hidden": 16}
-        pairs = [
-            new_connector(name, backbone[0], rows, shape, seed, "backbone1")
-            for seed, name in enumerate(NAMES)
-        ]
-        loaded = assemble(backbone, pairs, "")
-        return dataclasses.replace(loaded, model=RoutedModel.around(loaded.model).eval())
-
-    def noise(self, like: torch.Tensor) -> torch.Tensor:
-        drawn = torch.randn(like.shape, generator=self.generator)
-        return (DELTA * drawn).to(like.dtype)
-
-    def weight(self, kind: str, number: int, name: str):
-        base = self.base[name]
-        if kind == "masked":
-            mask = torch.rand(base.shape, generator=self.generator) < 0.5
-            packed = torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
-            return MaskedWeight(base, self.delta[name], packed, scale=0.5 + number)
-        if kind == "low-rank" and base.dim() == 2:
-            down = self.noise(base[:3])
-            return LowRankWeight(
-                self.backbone.get_parameter(name), down, self.noise(base[:, :3].contiguous()), 8.0
-            )
-        return DenseWeight(base + self.noise(base))
-
-    def alone(self, number: int):
-        """The multimodal model whose backbone is that of one modality."""
-        loaded = self.load()
-        with torch.no_grad():
-            for name, weight in self.variants[number].items():
-                loaded.model.backbone.get_parameter(name).copy_(dense(weight))
-        return loaded
-
-    def batch(self, *prompts: tuple[str, ...]) -> Batch:
-        """A batch of prompts of texts and, where a part is a modality's name, made-up media."""
-        encoded, media = [], []
-        for parts in prompts:
-            slots = [MediaSlot(part) if part in NAMES else part for part in parts]
-            encoded.append(self.loaded.prompts.encode(slots))
-            generator = torch.Generator().manual_seed(len("".join(parts)))
-            media.append(
-                [torch.randn(3, 8, generator=generator) for part in parts if part in NAMES]
-            )
-        return collate(encoded, media, self.loaded.prompts.pad_id)
-
-
-def dense(weight) -> torch.Tensor:
-    """What a weight means, by the definition."""
-    if isinstance(weight, DenseWeight):
-        return weight.weight
-    if isinstance(weight, LowRankWeight):
-        return weight.base.detach() + weight.scale * weight.up @ weight.down
-    bits = np.unpackbits(weight.mask.numpy())[: weight.base.numel()]
-    mask = torch.from_numpy(bits).view(weight.base.shape)
-    return weight.base + weight.scale * mask * weight.delta
-
-
-@torch.no_grad()
-def logits(model, batch: Batch) -> torch.Tensor:
-    positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
-    with routed(model.backbone, batch.modality_ids):
-        output = model.backbone(
-            inputs_embeds=model.embed(batch),
-            attention_mask=batch.attention_mask,
-            position_ids=positions,
-        )
-    return output.logits
-
-
-def generate(model, batch: Batch) -> torch.Tensor:
-    return model.generate(batch, 6, pad_id=0, end_id=-1)
-
-
-MIXED = (
-    ("image", "What?"),
-    ("Look:", "audio", "and", "video", "Say it."),
-    ("point_cloud", "image", "audio", "Which one of the three is it?"),
-    ("video", "a", "image", "b", "audio", "c", "point_cloud", "Tell."),
-    ("No media at all.",),
+from tests.graftline.model.routing_setting import (
+    CLOSE,
+    KINDS,
+    MIXED,
+    Setting,
+    dense,
+    generate,
+    logits,
 )
 
 
@@ -346,115 +237,3 @@ def test_the_loss_is_routed_too(setting) -> None:
         expected = setting.alone(number).model(batch)
         route_backbone(setting.backbone, setting.variants, text_as=number)
         torch.testing.assert_close(setting.model(batch), expected, **CLOSE)
-
-
-def test_removal_restores_modules_and_logits(setting) -> None:
-    batch = setting.batch(*MIXED)
-    before, state = logits(setting.model, batch), setting.backbone.state_dict()
-    types = {name: type(module) for name, module in setting.backbone.named_modules()}
-    route_backbone(setting.backbone, setting.variants)
-    assert not torch.allclose(logits(setting.model, batch), before, **CLOSE)
-    kinds = {type(module) for module in setting.backbone.model.layers.modules()}
-    assert RoutedLinear in kinds
-    unroute_backbone(setting.backbone)
-    assert {name: type(m) for name, m in setting.backbone.named_modules()} == types
-    after = setting.backbone.state_dict()
-    assert list(after) == list(state)
-    assert all(torch.equal(after[name], state[name]) for name in state)
-    assert torch.equal(logits(setting.model, batch), before)
-    hooks = [m for m in setting.backbone.model.modules() if m._forward_pre_hooks]
-    assert not hooks
-    assert not hasattr(setting.backbone, ATTRIBUTE)
-    unroute_backbone(setting.backbone)  # a second time does nothing
-
-
-def test_text_alone_meets_the_backbones_own_weights(setting) -> None:
-    batch = setting.batch(("No media at all.",))
-    before = logits(setting.model, batch)
-    route_backbone(setting.backbone, setting.variants)
-    assert torch.equal(logits(setting.model, batch), before)
-    ids = batch.token_ids
-    assert torch.equal(setting.backbone(input_ids=ids).logits, setting.backbone(ids).logits)
-
-
-QUERY = "model.layers.0.self_attn.q_proj.weight"
-
-
-@pytest.mark.parametrize(
-    ("kind", "change", "message"),
-    [
-        ("dense", {"weight": torch.zeros(64, 63)}, r"q_proj.weight: the weight has shape \(64, 63"),
-        ("dense", {"weight": torch.zeros(64, 64).half()}, "float16 on cpu, the backbone is"),
-        ("masked", {"base": torch.zeros(64, 32)}, "the base has shape"),
-        ("masked", {"delta": torch.zeros(32, 64)}, "the task vector has shape"),
-        ("masked", {"delta": torch.zeros(64, 64).T}, None),
-        ("masked", {"mask": torch.zeros(511, dtype=torch.uint8)}, r"packed into torch.uint8 \(512"),
-        ("masked", {"mask": torch.zeros(64, 64, dtype=torch.bool)}, "numpy.packbits"),
-        ("low-rank", {"down": torch.zeros(3, 65)}, "adapter's A has shape"),
-        ("low-rank", {"up": torch.zeros(64, 4)}, "adapter's B has shape"),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused(tiny_folder, kind, change, message) -> None:
-    setting = Setting(tiny_folder, kind)
-    given = setting.variants[2]
-    given[QUERY] = dataclasses.replace(given[QUERY], **change)
-    with pytest.raises(GraftlineError, match=message or "not contiguous") as caught:
-        route_backbone(setting.backbone, setting.variants)
-    assert f"Modality 2, {QUERY}" in str(caught.value)
-    assert not hasattr(setting.backbone, ATTRIBUTE)
-
-
-def test_missing_and_unknown_weights_are_refused(tiny_folder: Path) -> None:
-    setting = Setting(tiny_folder, "dense")
-    given = dict(setting.variants[1])
-    weight = given.pop(QUERY)
-    with pytest.raises(GraftlineError, match=f"Modality 1 has no weight for {QUERY}"):
-        route_backbone(setting.backbone, {1: given})
-    with pytest.raises(GraftlineError, match="embed_tokens.weight cannot be routed"):
-        route_backbone(
-            setting.backbone, {1: {**setting.variants[1], "model.embed_tokens.weight": weight}}
-        )
-    with pytest.raises(GraftlineError, match="start at 1"):
-        route_backbone(setting.backbone, {0: setting.variants[1]})
-    with pytest.raises(GraftlineError, match="text_as is 9"):
-        route_backbone(setting.backbone, setting.variants, text_as=9)
-    route_backbone(setting.backbone, setting.variants)
-    with pytest.raises(GraftlineError, match="routed already"):
-        route_backbone(setting.backbone, setting.variants)
-
-
-def test_wrong_use_is_refused(tiny_folder: Path) -> None:
-    setting = Setting(tiny_folder, "dense")
-    batch = setting.batch(("image", "What?"))
-    number = setting.model.modality_numbers["video"]
-    route_backbone(setting.backbone, {number: setting.variants[number]})
-    with pytest.raises(GraftlineError, match="holds tokens of modality 2"):
-        logits(setting.model, batch)
-    unroute_backbone(setting.backbone)
-    route_backbone(setting.backbone, setting.variants)
-    with pytest.raises(GraftlineError, match=r"torch\.no_grad"):
-        setting.model(batch)
-    with pytest.raises(GraftlineError, match="without output_hidden_states"):
-        with torch.no_grad(), routed(setting.backbone, batch.modality_ids):
-            setting.backbone(inputs_embeds=setting.model.embed(batch), output_hidden_states=True)
-    ids = torch.zeros(2, 3, dtype=torch.long)
-    with pytest.raises(GraftlineError, match="sees 1 rows, but modalities were given for 2"):
-        with torch.no_grad(), routed(setting.backbone, ids):
-            setting.backbone(input_ids=ids[:1])
-
-
-def test_no_token_is_multiplied_twice(setting, monkeypatch) -> None:
-    """The rows that reach the products of a layer are the tokens of the batch, no more."""
-    rows = []
-    multiply = torch.mm
-
-    def counted(left, right, **named):
-        rows.append(len(left))
-        return multiply(left, right, **named)
-
-    batch = setting.batch(*MIXED)
-    route_backbone(setting.backbone, setting.variants)
-    linear = sum(isinstance(module, RoutedLinear) for module in setting.backbone.modules())
-    monkeypatch.setattr(torch, "mm", counted)
-    logits(setting.model, batch)
-    assert sum(rows) == linear * batch.token_ids.numel()
