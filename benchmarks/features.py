@@ -22,13 +22,12 @@ from tasks.environment import prepare
 prepare()
 
 import torch
-from starter_parts import artifacts, untrained
+from starter_parts import artifacts, optimizer_of, untrained
 
 from graftline.data.rows import decode, read_split
 from graftline.model.encoders import load_encoder
 from graftline.model.multimodal import Batch
 from graftline.recipe import load_recipe
-from graftline.training.optimizer import MasterAdamW, ParameterGroup
 
 
 def main() -> None:
@@ -41,10 +40,7 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe)
     modality = arguments.modality
     loaded, batches = untrained(recipe, modality, artifacts(recipe, modality), torch.bfloat16)
-    connector = list(loaded.model.connectors[modality].parameters())
-    backbone = [p for p in loaded.model.backbone.parameters() if p.requires_grad]
-    groups = [ParameterGroup("connector", connector, 1e-4), ParameterGroup("llm", backbone, 1e-4)]
-    optimizer = MasterAdamW(groups, 0.0, 1.0)
+    optimizer = optimizer_of(loaded, modality)
     encoder = load_encoder(recipe.modality(modality).encoder, "cpu")
     media = read_split(Path(recipe.data.folder), modality, "train")["media"]
 

@@ -20,6 +20,7 @@ from graftline.model.loading import (
 from graftline.recipe import Recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
+from graftline.training.optimizer import MasterAdamW, ParameterGroup
 from tasks.data import by_modality
 
 
@@ -54,6 +55,14 @@ def untrained(
     batches = TrainingSet([examples], recipe.fine_tune.batch_size, 0)
     loaded.model.backbone.get_input_embeddings().weight.requires_grad_(False)
     return loaded, batches
+
+
+def optimizer_of(loaded: LoadedModel, modality: str) -> MasterAdamW:
+    """An optimiser of all that fine-tuning trains."""
+    connector = list(loaded.model.connectors[modality].parameters())
+    backbone = [p for p in loaded.model.backbone.parameters() if p.requires_grad]
+    groups = [ParameterGroup("connector", connector, 1e-4), ParameterGroup("llm", backbone, 1e-4)]
+    return MasterAdamW(groups, 0.0, 1.0)
 
 
 def expert(modality: str, found: dict[str, Path], split: str) -> tuple[LoadedModel, ExampleSet]:

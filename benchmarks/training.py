@@ -21,13 +21,12 @@ from tasks.environment import prepare
 prepare()
 
 import torch
-from starter_parts import artifacts, untrained
+from starter_parts import artifacts, optimizer_of, untrained
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from graftline.model.backbone import load_backbone
 from graftline.model.multimodal import IGNORED, Batch
 from graftline.recipe import Recipe, load_recipe
-from graftline.training.optimizer import MasterAdamW, ParameterGroup
 
 WARM_UP = 2
 
@@ -69,12 +68,7 @@ def main() -> None:
 def ours(recipe: Recipe, modality: str, found: dict[str, Path], steps: int) -> float:
     """Tokens (without padding) a second."""
     loaded, batches = untrained(recipe, modality, found, torch.bfloat16)
-    chosen = [p for p in loaded.model.backbone.parameters() if p.requires_grad]
-    groups = [
-        ParameterGroup("connector", list(loaded.model.connectors[modality].parameters()), 1e-4),
-        ParameterGroup("backbone", chosen, 1e-4),
-    ]
-    optimizer = MasterAdamW(groups, 0.0, 1.0)
+    optimizer = optimizer_of(loaded, modality)
     tokens, started = 0, 0.0
     for step in range(WARM_UP + steps):
         if step == WARM_UP:

@@ -11,6 +11,7 @@ from prefect.runtime import flow_run
 
 from flows.data import version_data
 from flows.slots import Job, carry_out
+from graftline.execution import is_done
 from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
@@ -20,7 +21,7 @@ from tasks.records import recorded_run
 from tasks.references import DataVersion, Place
 from tasks.report import record_stage, register_model, write_run_report
 from tasks.stale import close_dead_runs, close_own_run
-from tasks.steps import TASKS, WEIGHTS, by_stage, scores_of_stage, unfinished
+from tasks.steps import TASKS, WEIGHTS, by_stage, note_reused, scores_of_stage, unfinished
 from tasks.tracking import tag_run, tracked_run
 
 
@@ -71,18 +72,26 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
 def carry_out_stages(plan: RunPlan, place: Place, data: DataVersion) -> str | None:
     """Carries out every step, the stages' before the experts', and records each stage's scores.
 
+    What is finished is no task run: it is noted in MLflow at once, and takes no slot.
+
     Returns:
         The id in MLflow of the last stage's model.
     """
     jobs: list[Job] = []
     records: list[str] = []
+    store, reused = Store(place.store), set()
     for stage, steps in by_stage(plan):
         for step in steps:
+            if is_done(step, store):
+                note_reused(step, place)
+                reused.add(step.reference)
+                continue
             arguments = {"step": step, "place": place}
-            parents = tuple(step.parents.values())
+            parents = tuple(p for p in step.parents.values() if p not in reused)
             weight = WEIGHTS.get(step.kind, 1.0)
             jobs.append(Job(step.reference, TASKS[step.kind], arguments, parents, weight))
-        measured = [score.reference for score in scores_of_stage(plan, stage)]
+        scores = (score.reference for score in scores_of_stage(plan, stage))
+        measured = [reference for reference in scores if reference not in reused]
         arguments = {"plan": plan, "stage": stage, "place": place, "data": data}
         jobs.append(Job(f"stage {stage}", record_stage, arguments, (*records[-1:], *measured)))
         records.append(f"stage {stage}")

@@ -27,7 +27,9 @@ from graftline.merging.streaming import MergeRequest, merge_checkpoints
 from graftline.model.backbone import convert_gguf, load_backbone, make_tiny
 from graftline.model.encoders import load_encoder
 from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
-from graftline.model.routing.composed import route_to_experts, route_to_masks
+from graftline.model.routing.adapters import write_adapters
+from graftline.model.routing.composed import route_to_adapters, route_to_experts, route_to_masks
+from graftline.model.routing.layers import routable_parameters
 from graftline.plan import Step
 from graftline.progress import track
 from graftline.recipe import LoraSettings, PhaseSettings
@@ -249,6 +251,15 @@ def _compose(work: Work) -> None:
     (work.out / "experts.json").write_text(order, encoding="utf-8")
 
 
+def _adapters(work: Work) -> None:
+    base, _ = _load(work)
+    expert = work.parents["expert"].folder / "backbone"
+    count = len(routable_parameters(base))
+    with track(work.step.title, count) as advance:
+        rank = work.step.parameters["rank"]
+        write_adapters(base, expert, rank, work.out / "backbone", lambda: advance(""))
+
+
 def _evaluate(work: Work) -> None:
     parameters = work.step.parameters
     modality = parameters["modality"]
@@ -310,6 +321,10 @@ def _assembled(work: Work) -> LoadedModel:
 def _routed(work: Work, loaded: LoadedModel) -> LoadedModel:
     """Lets each modality's tokens meet their own weights: an expert's, or masked ones."""
     experts, text = work.role("expert"), work.step.parameters["text"]
+    adapters = work.role("adapters")
+    if adapters:
+        folders = {modality: folder / "backbone" for modality, folder in adapters.items()}
+        return route_to_adapters(loaded, folders, text)
     if experts:
         folders = {modality: folder / "backbone" for modality, folder in experts.items()}
         return route_to_experts(loaded, folders, text)
@@ -331,6 +346,7 @@ RUNNERS: dict[str, Callable[[Work], None]] = {
     "fine-tune": _fine_tune,
     "merge": _merge,
     "compose": _compose,
+    "adapters": _adapters,
     "realign": _realign,
     "evaluate": _evaluate,
     "evaluate-joint": _evaluate_joint,

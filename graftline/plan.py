@@ -36,6 +36,7 @@ CODE: dict[str, tuple[str, ...]] = {
     "realign": TRAINING_CODE,
     "merge": ("merging/__init__.py", "merging/backbones.py", "merging/running_average.py"),
     "compose": ("merging/*.py",),
+    "adapters": ("model/routing/adapters.py",),
     "evaluate": (
         "model/*.py",
         "data/examples.py",
@@ -110,12 +111,14 @@ class Model:
         connectors: modality -> who holds its connector.
         experts: modality -> the backbone that its tokens meet, where they are routed to experts.
         base: theta_0, where media are routed to masked weights.
+        adapters: modality -> what its expert adds to theta_0, where experts are kept so.
     """
 
     backbone: Reference
     connectors: Mapping[str, Reference] = field(default_factory=dict)
     experts: Mapping[str, Reference] = field(default_factory=dict)
     base: Reference | None = None
+    adapters: Mapping[str, Reference] = field(default_factory=dict)
 
     def with_connector(self, modality: str, connector: Reference) -> Model:
         """This model with one connector added or replaced."""
@@ -248,6 +251,12 @@ class Planner:
         backbones = {name: model.backbone for name, model in experts.items()}
         return self._combine(rule, given.get(rule, {}), backbones, len(experts), "compose")
 
+    def adapters(self, expert: Reference, modality: str, rank: int) -> Reference:
+        """What an expert adds to theta_0, as a product of this rank in every linear layer."""
+        parents = {"backbone": self.backbone(), "expert": expert}
+        parameters = {"rank": rank, **self._numerics()}
+        return self._add("adapters", parameters, parents, f"{modality}: adapters", 0)
+
     def _combine(
         self,
         rule: str,
@@ -290,11 +299,12 @@ class Planner:
             **self._numerics(),
         }
         parents = {"backbone": model.backbone}
-        if model.base is not None or model.experts:
+        if model.base is not None or model.experts or model.adapters:
             parameters["routing"] = source_digest("model/routing/*.py")
             parameters["text"] = self.recipe.compose.text
         if model.base is not None:
             parents["base"] = model.base
+        parents |= {f"adapters.{name}": each for name, each in model.adapters.items()}
         for modality in modalities:
             parents[f"connector.{modality}"] = model.connectors[modality]
             parents[f"features.{modality}"] = self.features(modality)

@@ -128,6 +128,12 @@ class ComposeSettings(Part):
         default_factory=dict,
         description="rule -> its parameters; what is left out keeps the paper's default",
     )
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="of `route`: keep each expert as theta_0 and a product of this rank in every "
+        "linear layer (LoRA experts kept apart); whole experts if left out",
+    )
     text: Literal["merged", "modality"] = Field(
         "merged",
         description="what text and answers meet where media are routed: the merged weights, or "

@@ -85,12 +85,14 @@ def _storage_bits(plan: RunPlan, store: Store) -> float | None:
     """What the last model's backbones take on the disk, in bits a parameter of one backbone.
 
     All weights and masks that answering needs, connectors aside: 16 for one backbone in bf16,
-    16 + 16 + N with N masks, 16 + 16 N with N experts. None while a part is not there.
+    16 + 16 + N with N masks, 16 + 16 N with N experts, 16 and a few with adapters. None while a
+    part is not there.
     """
     if not plan.stages:
         return None
     last = plan.stages[-1].final
-    parts = {last.backbone, *last.experts.values(), *([last.base] if last.base else [])}
+    parts = {last.backbone, *last.experts.values(), *last.adapters.values()}
+    parts |= {last.base} if last.base else set()
     folders = {part: store.folder(part.kind, part.fingerprint) / "backbone" for part in parts}
     if not all(folder.exists() for folder in folders.values()):
         return None

@@ -27,7 +27,7 @@ from tasks import tracking
 from tasks.references import Place
 
 SLOTS_VARIABLE = "GRAFTLINE_CONCURRENCY_LIMIT"
-_COMPUTING = frozenset(CODE) - {"backbone", "merge", "compose"}
+_COMPUTING = frozenset(CODE) - {"backbone", "merge", "compose", "adapters"}
 _LASTING = frozenset(
     {
         errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
@@ -58,10 +58,20 @@ def carry_out(step: Step, place: Place) -> Reference:
         reused = store.folder(step.kind, step.reference.fingerprint).exists()
         machine = Machine(Path(place.data_folder), place.device, place.slots)
         artifact = execute(step, store, machine)
-        if place.tracked is not None:
-            tracking.log_step(place.tracked, step, artifact.folder, reused=reused)
-    _log.info("%s: %s", step.title, "reused" if reused else "done")
+        _record(step, place, artifact.folder, reused=reused)
     return step.reference
+
+
+def note_reused(step: Step, place: Place) -> None:
+    """Records a step that was finished before the run began."""
+    folder = Store(place.store).folder(step.kind, step.reference.fingerprint)
+    _record(step, place, folder, reused=True)
+
+
+def _record(step: Step, place: Place, folder: Path, *, reused: bool) -> None:
+    if place.tracked is not None:
+        tracking.log_step(place.tracked, step, folder, reused=reused)
+    _log.info("%s: %s", step.title, "reused" if reused else "done")
 
 
 @contextmanager

@@ -33,7 +33,22 @@ def composition(rule: str) -> Callable[[Planner, Sequence[str]], list[Stage]]:
 
 
 def route(planner: Planner, order: Sequence[str]) -> list[Stage]:
-    """Every expert is kept, and a token meets its modality's: the upper bound of composition."""
+    """Every expert is kept, and a token meets its modality's: the upper bound of composition.
+
+    With `compose.rank` an expert is kept as theta_0 and a low-rank product, as LoRA experts are.
+    """
+    rank = planner.recipe.compose.rank
+    if rank is not None:
+        return [Stage(len(order), order[-1], final=_with_adapters(planner, order, rank))]
     [stage] = composition(TEXT_RULE)(planner, order)
     experts = {name: expert(planner, name).backbone for name in order}
     return [replace(stage, final=replace(stage.final, experts=experts))]
+
+
+def _with_adapters(planner: Planner, order: Sequence[str], rank: int) -> Model:
+    experts = {name: expert(planner, name) for name in order}
+    connectors = {name: model.connectors[name] for name, model in experts.items()}
+    adapters = {
+        name: planner.adapters(model.backbone, name, rank) for name, model in experts.items()
+    }
+    return Model(planner.backbone(), connectors, adapters=adapters)

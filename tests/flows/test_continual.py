@@ -106,6 +106,14 @@ def test_composition_needs_no_more_training(copy):
     assert sorted(kinds) == sorted(
         2 * ["compose", *4 * ["evaluate"], "evaluate-joint", "perplexity"]
     )
+    code, text = copy.run(
+        "run", "params/tiny.yaml", "--method", "route",
+        "--set", "compose.rank=4", "--set", "name=tiny-adapters",
+    )  # fmt: skip
+    assert code == 0, text
+    path = copy.folder / "reports/tiny-adapters/route/seed-0/metrics.json"
+    # theta_0's 16 or 32 bits, and four products of rank 4 beside its small matrices
+    assert 1.2 < json.loads(path.read_text())["storage_bits"] / width < 2.5
     records = list(copy.folder.glob("artifacts/compose/*/backbone/merge.json"))
     assert records and all(str(copy.folder) not in record.read_text() for record in records)
     code, text = copy.run("table", "params/tiny.yaml")

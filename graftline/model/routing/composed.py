@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from graftline.errors import GraftlineError
 from graftline.model.loading import LoadedModel
+from graftline.model.routing.adapters import read_adapters
 from graftline.model.routing.layers import routable_parameters, route_backbone
 from graftline.model.routing.model import RoutedModel
 from graftline.model.routing.router import TEXT
@@ -49,6 +51,29 @@ def route_to_experts(
         for modality, folder in experts.items()
     }
     return _routed(loaded, variants, text)
+
+
+def route_to_adapters(
+    loaded: LoadedModel, adapters: Mapping[str, Path], text: Text = "merged"
+) -> LoadedModel:
+    """Each modality's tokens meet theta_0 and its own low-rank product.
+
+    Args:
+        loaded: a model around theta_0 with the connectors that are asked.
+        adapters: modality -> folder of its adapters; of all experts, whoever is asked.
+        text: what text meets; the merged weights are the mean of what the modalities meet, made
+            here and stored nowhere.
+    """
+    parameters = dict(loaded.model.backbone.named_parameters())
+    names = routable_parameters(loaded.model.backbone)
+    starts = {name: parameters[name].detach().clone() for name in names}
+    variants = {name: read_adapters(folder, starts) for name, folder in adapters.items()}
+    with torch.no_grad():
+        for name in names:
+            dense = [weights[name].dense().float() for weights in variants.values()]
+            parameters[name].copy_(torch.stack(dense).mean(0))
+    asked = {name: variants[name] for name in adapters if name in loaded.model.modality_numbers}
+    return _routed(loaded, asked, text)
 
 
 def route_to_masks(

@@ -167,6 +167,20 @@ def test_composition_combines_the_experts_that_every_run_measures(method: str) -
         assert ("routing" in step.parameters) == (method != "ties")
 
 
+def test_experts_may_be_kept_as_low_rank_products() -> None:
+    run = plan("route", **{"compose.rank": 8})
+    made = kinds(run, "adapters")
+    assert len(made) == len(run.recipe.order)
+    assert not kinds(run, "compose")
+    asked = [run.steps[s.reference] for s in run.scores if s.point == "final"]
+    for step in asked:  # text meets the mean of all of them
+        assert made == {each for each in step.parents.values() if each.kind == "adapters"}
+        assert step.parents["backbone"].kind == "backbone"
+    other = plan("route", **{"compose.rank": 4})
+    assert kinds(run, "fine-tune") == kinds(other, "fine-tune")
+    assert not made & kinds(other, "adapters")
+
+
 def test_parameters_of_a_rule_are_checked_before_anything_runs() -> None:
     with pytest.raises(UnknownRule, match="densty: unknown key.*did you mean 'density'"):
         plan("ties", **{"compose.parameters": {"ties": {"densty": 0.3}}})

@@ -1,0 +1,112 @@
+"""Experts as low-rank products beside theta_0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from graftline.model.backbone import load_backbone
+from graftline.model.loading import LoadedModel, assemble, new_connector
+from graftline.model.routing import LowRankWeight, RoutedLinear, routable_parameters
+from graftline.model.routing.adapters import low_rank, read_adapters, write_adapters
+from graftline.model.routing.composed import route_to_adapters, route_to_experts
+
+NAMES = ("image", "audio")
+RANK = 3
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9)])
+@pytest.mark.parametrize("rank", [1, 4, 50])
+def test_the_nearest_product_of_its_rank(shape: tuple[int, int], rank: int) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    up, down = low_rank(matrix, rank)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    best = (left[:, :rank] * values[:rank]) @ right[:rank]
+    assert up.shape[1] == down.shape[0] == min(rank, *shape)
+    torch.testing.assert_close(up @ down, best)
+
+
+@pytest.fixture
+def experts(tiny_folder: Path, tmp_path: Path) -> dict[str, Path]:
+    """Two experts as LoRA leaves them: theta_0, a product of rank 3 in each layer, other norms."""
+    base = load_file(tiny_folder / "model.safetensors")
+    inner = set(routable_parameters(load_backbone(tiny_folder, torch.float32, "eager")[0]))
+    found = {}
+    for seed, modality in enumerate(NAMES):
+        generator = torch.Generator().manual_seed(seed)
+
+        def tuned(name: str, value: torch.Tensor, generator=generator) -> torch.Tensor:
+            if name not in inner:
+                return value
+            if value.dim() == 1:
+                return value + 0.1
+            up = torch.randn(value.shape[0], RANK, generator=generator)
+            down = torch.randn(RANK, value.shape[1], generator=generator)
+            return (value.float() + 0.02 * up @ down).to(value.dtype)
+
+        found[modality] = tmp_path / modality
+        found[modality].mkdir()
+        for file in tiny_folder.iterdir():
+            (found[modality] / file.name).write_bytes(file.read_bytes())
+        moved = {name: tuned(name, value) for name, value in base.items()}
+        save_file(moved, found[modality] / "model.safetensors", metadata={"format": "pt"})
+    return found
+
+
+def _load(folder: Path) -> LoadedModel:
+    backbone = load_backbone(folder, torch.float32, "eager")
+    rows = torch.randn(32, 3, 8, generator=torch.Generator().manual_seed(3))
+    shape = {"tokens": 2, "hidden": 16}
+    pairs = [new_connector(name, backbone[0], rows, shape, 0, "backbone1") for name in NAMES]
+    return assemble(backbone, pairs, "")
+
+
+@pytest.fixture
+def adapters(tiny_folder: Path, experts: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    base = load_backbone(tiny_folder, torch.float32, "eager")[0]
+    found = {name: tmp_path / f"adapters-{name}" for name in NAMES}
+    for name, folder in found.items():
+        write_adapters(base, experts[name], RANK, folder)
+    return found
+
+
+def test_a_lora_expert_is_kept_whole(tiny_folder, experts, adapters) -> None:
+    base = load_backbone(tiny_folder, torch.float32, "eager")[0]
+    starts = {name: base.get_parameter(name).detach() for name in routable_parameters(base)}
+    whole = load_file(experts["audio"] / "model.safetensors")
+    weights = read_adapters(adapters["audio"], starts)
+    assert any(isinstance(weight, LowRankWeight) for weight in weights.values())
+    for name, weight in weights.items():
+        # the expert was rounded to bfloat16 when its product was folded in
+        torch.testing.assert_close(weight.dense(), whole[name].float(), rtol=0.01, atol=2e-3)
+
+
+def test_a_prompt_of_one_modality_meets_its_expert(tiny_folder, experts, adapters) -> None:
+    kept = route_to_adapters(_load(tiny_folder), adapters, "modality")
+    assert set(kept.records) == set(NAMES)
+    whole = route_to_experts(_load(tiny_folder), experts)
+    numbers = whole.model.modality_numbers
+    found, wanted = _layers(kept), _layers(whole)
+    assert found.keys() == wanted.keys()
+    for name in NAMES:
+        for key, layer in wanted.items():
+            expected = layer._weights[numbers[name]].dense()
+            torch.testing.assert_close(
+                found[key]._weights[numbers[name]].dense(), expected, rtol=0.01, atol=2e-3
+            )
+
+
+def test_text_meets_their_mean(tiny_folder, experts, adapters) -> None:
+    kept = route_to_adapters(_load(tiny_folder), adapters)
+    whole = [load_file(folder / "model.safetensors") for folder in experts.values()]
+    for key, layer in _layers(kept).items():
+        mean = torch.stack([weights[f"{key}.weight"].float() for weights in whole]).mean(0)
+        torch.testing.assert_close(layer.layer.weight.detach(), mean, rtol=0.01, atol=2e-3)
+
+
+def _layers(loaded: LoadedModel) -> dict[str, RoutedLinear]:
+    modules = loaded.model.backbone.named_modules()
+    return {name: module for name, module in modules if isinstance(module, RoutedLinear)}
