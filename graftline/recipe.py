@@ -128,6 +128,11 @@ class ComposeSettings(Part):
         default_factory=dict,
         description="rule -> its parameters; what is left out keeps the paper's default",
     )
+    growing: bool = Field(
+        False,
+        description="one modality after another: each expert enters as one more task vector, and "
+        "old ones are measured again (BRG); otherwise all are combined at once",
+    )
     rank: int | None = Field(
         None,
         ge=1,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from graftline.merging.rules import rule_named
 from graftline.methods import Stage
 from graftline.methods.experts import expert
-from graftline.plan import Model, Planner
+from graftline.plan import Model, Planner, Reference
 
 TEXT_RULE = "average"
 """What text tokens meet where every expert is kept apart (`route`)."""
@@ -21,15 +21,11 @@ def composition(rule: str) -> Callable[[Planner, Sequence[str]], list[Stage]]:
     meet their own decoupled weights; text meets the merged ones.
     """
 
-    def compose(planner: Planner, order: Sequence[str]) -> list[Stage]:
-        experts = {name: expert(planner, name) for name in order}
-        connectors = {name: model.connectors[name] for name, model in experts.items()}
-        model = Model(planner.compose(rule, experts), connectors)
-        if rule_named(rule).one_per_expert:
-            model = replace(model, base=planner.backbone())
-        return [Stage(len(order), order[-1], final=model)]
+    def compose(planner: Planner, experts: Mapping[str, Model]) -> Model:
+        model = Model(planner.compose(rule, experts), _connectors(experts))
+        return replace(model, base=planner.backbone()) if rule_named(rule).one_per_expert else model
 
-    return compose
+    return lambda planner, order: _stages(planner, order, compose)
 
 
 def route(planner: Planner, order: Sequence[str]) -> list[Stage]:
@@ -38,17 +34,39 @@ def route(planner: Planner, order: Sequence[str]) -> list[Stage]:
     With `compose.rank` an expert is kept as theta_0 and a low-rank product, as LoRA experts are.
     """
     rank = planner.recipe.compose.rank
-    if rank is not None:
-        return [Stage(len(order), order[-1], final=_with_adapters(planner, order, rank))]
-    [stage] = composition(TEXT_RULE)(planner, order)
-    experts = {name: expert(planner, name).backbone for name in order}
-    return [replace(stage, final=replace(stage.final, experts=experts))]
+    return _stages(planner, order, _with_experts if rank is None else _with_adapters)
 
 
-def _with_adapters(planner: Planner, order: Sequence[str], rank: int) -> Model:
-    experts = {name: expert(planner, name) for name in order}
-    connectors = {name: model.connectors[name] for name, model in experts.items()}
+def _stages(
+    planner: Planner,
+    order: Sequence[str],
+    compose: Callable[[Planner, Mapping[str, Model]], Model],
+) -> list[Stage]:
+    """One composition of all experts; or, growing, one a stage: each expert is one vector more."""
+    first = 1 if planner.recipe.compose.growing else len(order)
+    stages = []
+    for count in range(first, len(order) + 1):
+        experts = {name: expert(planner, name) for name in order[:count]}
+        added = order[count - 1]
+        vanilla = experts[added] if planner.recipe.compose.growing else None
+        stages.append(Stage(count, added, compose(planner, experts), vanilla))
+    return stages
+
+
+def _connectors(experts: Mapping[str, Model]) -> dict[str, Reference]:
+    return {name: model.connectors[name] for name, model in experts.items()}
+
+
+def _with_experts(planner: Planner, experts: Mapping[str, Model]) -> Model:
+    kept = {name: model.backbone for name, model in experts.items()}
+    text = planner.compose(TEXT_RULE, experts)
+    return Model(text, _connectors(experts), experts=kept)
+
+
+def _with_adapters(planner: Planner, experts: Mapping[str, Model]) -> Model:
+    rank = planner.recipe.compose.rank
+    assert rank is not None
     adapters = {
         name: planner.adapters(model.backbone, name, rank) for name, model in experts.items()
     }
-    return Model(planner.backbone(), connectors, adapters=adapters)
+    return Model(planner.backbone(), _connectors(experts), adapters=adapters)

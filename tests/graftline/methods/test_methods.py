@@ -167,6 +167,24 @@ def test_composition_combines_the_experts_that_every_run_measures(method: str) -
         assert ("routing" in step.parameters) == (method != "ties")
 
 
+@pytest.mark.parametrize("method", ["average", "mmer", "route"])
+def test_a_composition_may_grow_by_one_expert_a_stage(method: str) -> None:
+    run = plan(method, **{"compose.growing": True})
+    order = run.recipe.order
+    assert [stage.modality for stage in run.stages] == list(order)
+    points = [(score.point, score.stage, score.modality) for score in run.scores]
+    experts = {s.modality: s.reference for s in run.scores if s.point == "expert"}
+    for index, modality in enumerate(order, start=1):
+        assert [m for point, at, m in points if (point, at) == ("final", index)][:index] == list(
+            order[:index]
+        )
+        [vanilla] = [s.reference for s in run.scores if (s.point, s.stage) == ("vanilla", index)]
+        assert vanilla == experts[modality]  # nothing more is trained
+    at_once = plan(method)
+    assert kinds(run, "fine-tune") == kinds(at_once, "fine-tune")
+    assert run.stages[-1].final == at_once.stages[-1].final
+
+
 def test_experts_may_be_kept_as_low_rank_products() -> None:
     run = plan("route", **{"compose.rank": 8})
     made = kinds(run, "adapters")
