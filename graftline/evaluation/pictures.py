@@ -179,11 +179,11 @@ def retention_against_storage(
         )  # fmt: skip
         groups.setdefault(round(bits), []).append((value, name, colour))
     largest = max(bits for _, bits, _ in points)
-    axes.set_xlim(0.0, 1.35 * largest)
+    axes.set_xlim(0.0, 1.3 * largest)
     axes.set_ylim(0.0, 110.0)
     for at, ends in groups.items():
         _label_ends(axes, ends, at + 0.025 * largest, 4.6, (0.0, 110.0), ".1f")
-    axes.axhline(100.0, color=_MUTED, lw=1.0, ls=(0, (4, 3)))
+    axes.axhline(100.0, color=_MUTED, lw=1.0, ls=(0, (4, 3)), zorder=1)
     axes.set_xlabel("bits stored for each parameter of the backbone", color=_MUTED)
     axes.set_ylabel("retention in %", color=_MUTED)
     axes.tick_params(length=0, colors=_INK)
@@ -300,7 +300,8 @@ def _label_ends(
     for height, (value, modality, colour) in zip(heights, ordered, strict=True):
         axes.text(
             x, height, f"{_words(modality)} {value:{digits}}", color=colour, va="center", size=12,
-            weight="bold", clip_on=False,
+            weight="bold", clip_on=False, zorder=2,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )  # fmt: skip
 
 
