@@ -1,7 +1,11 @@
-"""Joint questions: media of two or three modalities in one prompt, the last of them asked about.
+"""Joint questions: conversations over media of two or three modalities.
 
-Nothing like it is trained on. A model that mixes modalities up, or whose merged weights suit one
-of them alone, answers for the wrong medium or not at all.
+Each turn shows a medium and asks its question; earlier turns have their right answers, the last is
+asked. Nothing like it is trained on. A model that mixes modalities up, or whose merged weights suit
+one of them alone, answers for the wrong medium or not at all.
+
+Not several media before one question: a model that saw one medium a prompt answers for the one that
+stands where media stood in training, whatever is asked.
 """
 
 from __future__ import annotations
@@ -16,15 +20,15 @@ import numpy as np
 from graftline.data.examples import ExampleSet
 from graftline.evaluation.scoring import JOINT_TASKS, QUESTION
 from graftline.model.multimodal import Batch, collate
-from graftline.model.prompts import MediaSlot, PromptEncoder
+from graftline.model.prompts import EncodedPrompt, MediaSlot, PromptEncoder
 
 ROWS = 240
-"""Joint questions of each number of media, or as many as the smallest modality has rows."""
+"""Conversations of each length, or as many as the smallest modality has rows."""
 
 
 @dataclass(frozen=True)
 class JointQuestion:
-    """Rows whose media stand side by side, in reading order; the last one's question is asked.
+    """The rows of a conversation, a turn each; the last one's question is asked.
 
     Attributes:
         rows: (modality, row of its split).
@@ -56,12 +60,8 @@ class JointSet:
         self.questions = [
             question for media in JOINT_TASKS for question in joint_questions(self._sets, media)
         ]
-        asked = [self._sets[modality].rows[row] for modality, row in self._last()]
-        self.texts = [str(row["question"]) for row in asked]
-        self.answers = [list(row["answers"]) for row in asked]
-
-    def _last(self) -> list[tuple[str, int]]:
-        return [question.rows[-1] for question in self.questions]
+        last = [question.rows[-1] for question in self.questions]
+        self.answers = [list(self._sets[modality].rows[row]["answers"]) for modality, row in last]
 
     @property
     def tasks(self) -> list[str]:
@@ -90,10 +90,24 @@ class JointSet:
         prompts, media = [], []
         for place in places:
             rows = self.questions[place].rows
-            slots = [MediaSlot(modality) for modality, _ in rows]
-            prompts.append(self._encoder.encode([*slots, self.texts[place]]))
+            prompts.append(self._conversation(rows))
             media.append([self._sets[modality].features[row] for modality, row in rows])
         return collate(prompts, media, self._encoder.pad_id)
+
+    def _conversation(self, rows: tuple[tuple[str, int], ...]) -> EncodedPrompt:
+        """Turns one behind the other, as ChatML writes them: a line's end behind each answer."""
+        between = self._encoder.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        token_ids: list[int] = []
+        modality_ids: list[int] = []
+        for place, (modality, row) in enumerate(rows, start=1):
+            text, last = self._sets[modality].rows[row], place == len(rows)
+            answer = None if last else text["answers"][0]
+            turn = self._encoder.encode([MediaSlot(modality), text["question"]], answer)
+            behind = [] if last else [*turn.answer_ids, *between]
+            token_ids += [*turn.token_ids, *behind]
+            modality_ids += [*turn.modality_ids, *[0] * len(behind)]
+        slots = tuple(modality for modality, _ in rows)
+        return EncodedPrompt(tuple(token_ids), tuple(modality_ids), slots, ())
 
 
 def joint_questions(sets: Mapping[str, ExampleSet], media: int) -> list[JointQuestion]:
@@ -109,15 +123,14 @@ def joint_questions(sets: Mapping[str, ExampleSet], media: int) -> list[JointQue
     orders = list(permutations(sets, media))
     count = min(ROWS, *(len(examples) for examples in sets.values())) if orders else 0
     generator = np.random.Generator(np.random.PCG64(media))
-    asked = {
+    questions = {
         name: [row for row, each in enumerate(examples.rows) if each["task"] == QUESTION]
         for name, examples in sets.items()
     }
     found = []
     for number in range(count):
         order = orders[number % len(orders)]
-        rows = [(name, int(generator.integers(len(sets[name])))) for name in order[:-1]]
-        last = asked[order[-1]]
-        rows.append((order[-1], last[int(generator.integers(len(last)))]))
+        drawn = [int(generator.integers(len(questions[name]))) for name in order]
+        rows = ((name, questions[name][draw]) for name, draw in zip(order, drawn, strict=True))
         found.append(JointQuestion(tuple(rows)))
     return found

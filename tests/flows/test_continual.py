@@ -98,9 +98,8 @@ def test_composition_needs_no_more_training(copy):
         assert metrics["brg"] is None
         assert "no stages" in metrics["undefined"]["brg"]
         assert metrics["scores_per_task"]["joint"]["three media"]["n"] == 16
-        # bf16 or fp32 backbones: theta_0, merged weights and four masks; or five whole ones
-        width = 32 if metrics["storage_bits"] > 100 else 16
-        stored = 2 * width + 4 if method == "mmer" else 5 * width
+        # theta_0 and what is merged are bf16; the tiny recipe's experts are float32
+        stored = 16 + 16 + 4 if method == "mmer" else 16 + 4 * 32
         assert metrics["storage_bits"] == pytest.approx(stored, rel=0.01)
     kinds = [name.split("/")[1] for name in set(copy.artifacts()) - before]
     assert sorted(kinds) == sorted(
@@ -112,8 +111,8 @@ def test_composition_needs_no_more_training(copy):
     )  # fmt: skip
     assert code == 0, text
     path = copy.folder / "reports/tiny-adapters/route/seed-0/metrics.json"
-    # theta_0's 16 or 32 bits, and four products of rank 4 beside its small matrices
-    assert 1.2 < json.loads(path.read_text())["storage_bits"] / width < 2.5
+    # theta_0, and four float32 products of rank 4 beside its small matrices
+    assert 16 < json.loads(path.read_text())["storage_bits"] < 48
     records = list(copy.folder.glob("artifacts/compose/*/backbone/merge.json"))
     assert records and all(str(copy.folder) not in record.read_text() for record in records)
     code, text = copy.run("table", "params/tiny.yaml")
@@ -126,7 +125,7 @@ def test_composition_needs_no_more_training(copy):
     assert "| mera |" not in text
     folder = copy.folder / "reports/tiny/compose"
     assert (folder / "table.md").read_text().strip() == text.strip()
-    assert [row["method"] for row in csv.DictReader((folder / "table.csv").open())] == [
+    assert [row["method"] for row in csv.DictReader((folder / "table.csv").read_text().splitlines())] == [
         "mmer", "route"
     ]  # fmt: skip
     assert (folder / "storage.png").read_bytes().startswith(b"\x89PNG")

@@ -41,19 +41,25 @@ def test_every_order_of_modalities_is_asked(joint: JointSet) -> None:
         assert orders == set(permutations(NAMES, media))
 
 
-def test_the_last_medium_is_asked_about(joint: JointSet, loaded: LoadedModel) -> None:
-    for question, text, answers in zip(joint.questions, joint.texts, joint.answers, strict=True):
-        _, row = question.rows[-1]
-        assert text == "What?"
-        assert answers == [("red", "green", "blue", "black")[row % 4]]
+def test_earlier_turns_are_answered_and_the_last_is_asked(
+    joint: JointSet, loaded: LoadedModel
+) -> None:
+    words = ("red", "green", "blue", "black")
+    tokenizer, numbers = loaded.tokenizer, loaded.model.modality_numbers
     table = FeatureTable(joint._sets["image"].features.path.parent)
-    numbers = loaded.model.modality_numbers
     for places, batch in joint.batches(5):
         assert len(places) <= 5
         for line, place in enumerate(places):
+            rows = joint.questions[place].rows
+            assert joint.answers[place] == [words[rows[-1][1] % 4]]
+            kept = batch.attention_mask[line].bool()
+            text = tokenizer.decode(batch.token_ids[line][kept & (batch.modality_ids[line] == 0)])
+            turns = ["<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n" for _ in rows]
+            for turn, (_, row) in enumerate(rows[:-1]):
+                turns[turn] += f"{words[row % 4]}<|im_end|>\n"
+            assert text == "".join(turns)
             ids = [number for number in batch.modality_ids[line].tolist() if number]
-            wanted = [numbers[modality] for modality, _ in joint.questions[place].rows]
-            assert ids == [number for number in wanted for _ in range(2)]
+            assert ids == [numbers[modality] for modality, _ in rows for _ in range(2)]
     first_places, first = joint.batches(1)[0]
     modality, row = joint.questions[first_places[0]].rows[0]
     assert torch.equal(first.media[modality][0], table[row])
