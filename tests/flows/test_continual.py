@@ -125,9 +125,8 @@ def test_composition_needs_no_more_training(copy):
     assert "| mera |" not in text
     folder = copy.folder / "reports/tiny/compose"
     assert (folder / "table.md").read_text().strip() == text.strip()
-    assert [row["method"] for row in csv.DictReader((folder / "table.csv").read_text().splitlines())] == [
-        "mmer", "route"
-    ]  # fmt: skip
+    rows = csv.DictReader((folder / "table.csv").read_text().splitlines())
+    assert [row["method"] for row in rows] == ["mmer", "route"]
     assert (folder / "storage.png").read_bytes().startswith(b"\x89PNG")
 
 
