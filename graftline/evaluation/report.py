@@ -173,18 +173,24 @@ def run_intervals(
     replicates: int = 2000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """95 % intervals of the headlines and of each modality's final score (`scores.<modality>`)."""
+    """95 % intervals of the headlines, of each modality's final score (`scores.<modality>`), and of
+    joint questions where they were asked (`joint`).
+    """
     last = len(order)
+    place: Place = ("final", last, JOINT)
 
     def statistics(scores: Mapping[Place, float]) -> dict[str, float | None]:
         gains = gains_of(scores, order)
         named: dict[str, float | None] = {k: getattr(gains, k).value for k in HEADLINES}
         named.update({f"scores.{m}": scores[("final", last, m)] for m in order})
-        if ("final", last, JOINT) in scores:
-            named[JOINT] = scores[("final", last, JOINT)]
         return named
 
-    return intervals(cells_per_seed, statistics, replicates, seed)
+    own = [{at: cell for at, cell in cells.items() if at != place} for cells in cells_per_seed]
+    found = intervals(own, statistics, replicates, seed)
+    joint = [{place: cells[place]} for cells in cells_per_seed if place in cells]
+    if len(joint) == len(cells_per_seed):
+        found |= intervals(joint, lambda scores: {JOINT: scores[place]}, replicates, seed)
+    return found
 
 
 def metrics_of(run: RunScores, replicates: int = 2000) -> dict[str, Any]:

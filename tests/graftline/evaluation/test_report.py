@@ -21,6 +21,7 @@ from graftline.evaluation.pictures import (
 )
 from graftline.evaluation.report import (
     CSV_COLUMNS,
+    JOINT,
     Point,
     RunScores,
     ScoreCell,
@@ -194,6 +195,22 @@ def test_table_over_seeds(tmp_path: Path) -> None:
     write_report(folders[1], dataclasses.replace(make_run(1), data_md5="other"), 20)
     with pytest.raises(EvaluationError, match="different data"):
         summarise_runs(folders[:2])
+
+
+def test_joint_questions_stand_beside_the_gains(tmp_path: Path) -> None:
+    run = make_run()
+    hits = tuple(float(n % 4 == 0) for n in range(40))
+    cell = ScoreCell(3, ORDER[2], JOINT, "two media", "final", "exact_match", hits)
+    asked = dataclasses.replace(run, cells=(*run.cells, cell))
+    plain = write_report(tmp_path / "plain", run, 50)
+    metrics = write_report(tmp_path / "asked", asked, 50)
+    assert plain["joint"] is None
+    assert metrics["joint"] == 0.25
+    assert metrics["scores_per_task"]["joint"]["two media"]["n"] == 40
+    assert metrics["intervals"]["joint"]["n_examples"] == 40
+    for name, interval in plain["intervals"].items():  # gains are of modalities alone
+        assert metrics["intervals"][name] == interval
+    assert read_report(tmp_path / "asked") == asked
 
 
 def test_retention_is_drawn_over_storage(tmp_path: Path) -> None:
