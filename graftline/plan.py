@@ -283,7 +283,7 @@ class Planner:
         return self._add("evaluate", parameters, parents, f"{modality}: evaluate {point}", stage)
 
     def evaluate_joint(self, model: Model, stage: int) -> Reference:
-        """Answers and scores of questions with media of several modalities before them."""
+        """Answers and scores of conversations over media of several modalities."""
         parameters, parents = self._asked(model, sorted(model.connectors))
         return self._add("evaluate-joint", parameters, parents, "joint questions", stage)
 

@@ -96,17 +96,14 @@ def _storage_bits(plan: RunPlan, store: Store) -> float | None:
     folders = {part: store.folder(part.kind, part.fingerprint) / "backbone" for part in parts}
     if not all(folder.exists() for folder in folders.values()):
         return None
-    sizes = {
-        part: math.fsum(_bits(file) for file in folder.rglob("*.safetensors"))
-        for part, folder in folders.items()
-    }
+    files = (file for folder in folders.values() for file in folder.rglob("*.safetensors"))
     own = folders[last.backbone].glob("*.safetensors")
     parameters = sum(entry.elements for file in own for entry in read_header(file).values())
-    return math.fsum(sizes.values()) / parameters
+    return sum(_bits(file) for file in files) / parameters
 
 
-def _bits(file: Path) -> float:
-    return 8.0 * sum(entry.size for entry in read_header(file).values())
+def _bits(file: Path) -> int:
+    return 8 * sum(entry.size for entry in read_header(file).values())
 
 
 def _by_task(artifact: Artifact) -> dict[str, list[float]]:

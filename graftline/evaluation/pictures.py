@@ -137,11 +137,7 @@ def scores_over_stages(
     _label_ends(axes, ends, count + 0.16, (high - low) * 0.062, (low, high))
     axes.set_xticks(range(1, count + 1), [f"{i}\n+ {_words(m)}" for i, m in enumerate(order, 1)])
     axes.set_xlabel("stage", color=_MUTED)
-    axes.tick_params(length=0, colors=_INK)
-    axes.grid(axis="y", color=_RULE, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_RULE)
+    _open_frame(axes)
     parts = ["Test score of each modality after each stage."]
     parts += ["Hollow: vanilla."] if vanilla else []
     parts += ["Dashed: expert."] if experts else []
@@ -186,11 +182,7 @@ def retention_against_storage(
     axes.axhline(100.0, color=_MUTED, lw=1.0, ls=(0, (4, 3)), zorder=1)
     axes.set_xlabel("bits stored for each parameter of the backbone", color=_MUTED)
     axes.set_ylabel("retention in %", color=_MUTED)
-    axes.tick_params(length=0, colors=_INK)
-    axes.grid(axis="y", color=_RULE, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_RULE)
+    _open_frame(axes)
     _titles(figure, title or "Retention against storage", "Dashed: the experts, each alone.")
     _save(figure, path)
 
@@ -266,6 +258,15 @@ def _figure(height_inches: float) -> tuple[Figure, Axes]:
     figure = Figure((_WIDTH_INCHES, height_inches), dpi=_DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
+
+
+def _open_frame(axes: Axes) -> None:
+    """Lines across, and no box around them."""
+    axes.tick_params(length=0, colors=_INK)
+    axes.grid(axis="y", color=_RULE, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_RULE)
 
 
 def _titles(figure: Figure, title: str, note: str) -> None:

@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graftline.model.backbone import load_backbone
-from graftline.model.loading import LoadedModel, assemble, new_connector
-from graftline.model.routing import LowRankWeight, RoutedLinear, routable_parameters
+from graftline.model.routing import LowRankWeight, routable_parameters
 from graftline.model.routing.adapters import low_rank, read_adapters, write_adapters
 from graftline.model.routing.composed import route_to_adapters, route_to_experts
+from tests.graftline.model.two_modalities import NAMES, load_two, routed_layers
 
-NAMES = ("image", "audio")
 RANK = 3
 
 
@@ -56,14 +55,6 @@ def experts(tiny_folder: Path, tmp_path: Path) -> dict[str, Path]:
     return found
 
 
-def _load(folder: Path) -> LoadedModel:
-    backbone = load_backbone(folder, torch.float32, "eager")
-    rows = torch.randn(32, 3, 8, generator=torch.Generator().manual_seed(3))
-    shape = {"tokens": 2, "hidden": 16}
-    pairs = [new_connector(name, backbone[0], rows, shape, 0, "backbone1") for name in NAMES]
-    return assemble(backbone, pairs, "")
-
-
 @pytest.fixture
 def adapters(tiny_folder: Path, experts: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     base = load_backbone(tiny_folder, torch.float32, "eager")[0]
@@ -85,11 +76,11 @@ def test_a_lora_expert_is_kept_whole(tiny_folder, experts, adapters) -> None:
 
 
 def test_a_prompt_of_one_modality_meets_its_expert(tiny_folder, experts, adapters) -> None:
-    kept = route_to_adapters(_load(tiny_folder), adapters, "modality")
+    kept = route_to_adapters(load_two(tiny_folder), adapters, "modality")
     assert set(kept.records) == set(NAMES)
-    whole = route_to_experts(_load(tiny_folder), experts)
+    whole = route_to_experts(load_two(tiny_folder), experts)
     numbers = whole.model.modality_numbers
-    found, wanted = _layers(kept), _layers(whole)
+    found, wanted = routed_layers(kept), routed_layers(whole)
     assert found.keys() == wanted.keys()
     for name in NAMES:
         for key, layer in wanted.items():
@@ -100,13 +91,8 @@ def test_a_prompt_of_one_modality_meets_its_expert(tiny_folder, experts, adapter
 
 
 def test_text_meets_their_mean(tiny_folder, experts, adapters) -> None:
-    kept = route_to_adapters(_load(tiny_folder), adapters)
+    kept = route_to_adapters(load_two(tiny_folder), adapters)
     whole = [load_file(folder / "model.safetensors") for folder in experts.values()]
-    for key, layer in _layers(kept).items():
+    for key, layer in routed_layers(kept).items():
         mean = torch.stack([weights[f"{key}.weight"].float() for weights in whole]).mean(0)
         torch.testing.assert_close(layer.layer.weight.detach(), mean, rtol=0.01, atol=2e-3)
-
-
-def _layers(loaded: LoadedModel) -> dict[str, RoutedLinear]:
-    modules = loaded.model.backbone.named_modules()
-    return {name: module for name, module in modules if isinstance(module, RoutedLinear)}

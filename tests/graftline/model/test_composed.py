@@ -12,12 +12,9 @@ from safetensors.torch import load_file, save_file
 from graftline.errors import GraftlineError
 from graftline.merging.masks import load_masks
 from graftline.merging.streaming import MergeRequest, merge_checkpoints
-from graftline.model.backbone import load_backbone
-from graftline.model.loading import LoadedModel, assemble, new_connector
-from graftline.model.routing import RoutedLinear, RoutedModel
+from graftline.model.routing import RoutedModel
 from graftline.model.routing.composed import route_to_experts, route_to_masks
-
-NAMES = ("image", "audio")
+from tests.graftline.model.two_modalities import NAMES, load_two, routed_layers
 
 
 @pytest.fixture
@@ -47,23 +44,10 @@ def folders(tiny_folder: Path, tmp_path: Path) -> dict[str, Path]:
     return found
 
 
-def _load(folder: Path) -> LoadedModel:
-    backbone = load_backbone(folder, torch.float32, "eager")
-    rows = torch.randn(32, 3, 8, generator=torch.Generator().manual_seed(3))
-    shape = {"tokens": 2, "hidden": 16}
-    pairs = [new_connector(name, backbone[0], rows, shape, 0, "backbone1") for name in NAMES]
-    return assemble(backbone, pairs, "")
-
-
-def _layers(loaded: LoadedModel) -> dict[str, RoutedLinear]:
-    modules = loaded.model.backbone.named_modules()
-    return {name: module for name, module in modules if isinstance(module, RoutedLinear)}
-
-
 @pytest.mark.parametrize("modality", NAMES)
 def test_a_modality_meets_its_decoupled_weights(folders: dict[str, Path], modality: str) -> None:
     routed = route_to_masks(
-        _load(folders["composed"]), [modality], folders["composed"], folders["base"]
+        load_two(folders["composed"]), [modality], folders["composed"], folders["base"]
     )
     assert isinstance(routed.model, RoutedModel)
     index = NAMES.index(modality)
@@ -71,7 +55,7 @@ def test_a_modality_meets_its_decoupled_weights(folders: dict[str, Path], modali
     shared = load_file(folders["composed"] / "model.safetensors")
     masks = load_masks(folders["composed"] / "masks" / f"expert-{index}.safetensors")
     number = routed.model.modality_numbers[modality]
-    layers = _layers(routed)
+    layers = routed_layers(routed)
     assert layers
     for name, layer in layers.items():
         key = f"{name}.weight"
@@ -84,17 +68,19 @@ def test_a_modality_meets_its_decoupled_weights(folders: dict[str, Path], modali
 
 
 def test_a_modality_meets_its_expert(folders: dict[str, Path]) -> None:
-    routed = route_to_experts(_load(folders["composed"]), {"audio": folders["audio"]})
+    routed = route_to_experts(load_two(folders["composed"]), {"audio": folders["audio"]})
     expert = load_file(folders["audio"] / "model.safetensors")
     number = routed.model.modality_numbers["audio"]
-    for name, layer in _layers(routed).items():
+    for name, layer in routed_layers(routed).items():
         assert torch.equal(layer._weights[number].dense(), expert[f"{name}.weight"].float())
 
 
 def test_text_may_meet_the_modality_too(folders: dict[str, Path]) -> None:
     """Then the routed model is the expert itself, whatever its tokens are."""
-    expert = _load(folders["audio"])
-    routed = route_to_experts(_load(folders["composed"]), {"audio": folders["audio"]}, "modality")
+    expert = load_two(folders["audio"])
+    routed = route_to_experts(
+        load_two(folders["composed"]), {"audio": folders["audio"]}, "modality"
+    )
     width = expert.model.backbone.config.hidden_size
     tokens = torch.randn(2, 6, width, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():  # embeddings and output layer are shared, so they stay out of it
@@ -106,4 +92,6 @@ def test_text_may_meet_the_modality_too(folders: dict[str, Path]) -> None:
 def test_a_modality_without_expert_is_named(folders: dict[str, Path]) -> None:
     (folders["composed"].parent / "experts.json").write_text('["image", "video"]')
     with pytest.raises(GraftlineError, match=r"no expert for audio \(it has: \['image', 'video'\]"):
-        route_to_masks(_load(folders["composed"]), ["audio"], folders["composed"], folders["base"])
+        route_to_masks(
+            load_two(folders["composed"]), ["audio"], folders["composed"], folders["base"]
+        )

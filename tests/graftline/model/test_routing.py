@@ -24,18 +24,12 @@ from graftline.model.routing import (
 from graftline.model.routing.layers import STREAMED
 from tests.graftline.model.routing_setting import (
     CLOSE,
-    KINDS,
     MIXED,
     Setting,
     dense,
     generate,
     logits,
 )
-
-
-@pytest.fixture(params=KINDS)
-def setting(request, tiny_folder: Path) -> Setting:
-    return Setting(tiny_folder, request.param)
 
 
 @pytest.mark.parametrize("cache", [False, True])

@@ -18,16 +18,10 @@ from graftline.model.routing import (
 from graftline.model.routing.router import ATTRIBUTE
 from tests.graftline.model.routing_setting import (
     CLOSE,
-    KINDS,
     MIXED,
     Setting,
     logits,
 )
-
-
-@pytest.fixture(params=KINDS)
-def setting(request, tiny_folder: Path) -> Setting:
-    return Setting(tiny_folder, request.param)
 
 
 def test_removal_restores_modules_and_logits(setting) -> None:
