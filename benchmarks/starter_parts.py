@@ -9,6 +9,7 @@ import torch
 from graftline.data.build import checksums
 from graftline.data.examples import ExampleSet, TrainingSet
 from graftline.data.features import FeatureTable
+from graftline.model.attention import attention_for
 from graftline.model.backbone import load_backbone
 from graftline.model.loading import (
     LoadedModel,
@@ -45,8 +46,9 @@ def untrained(
     recipe: Recipe, modality: str, found: dict[str, Path], dtype: torch.dtype
 ) -> tuple[LoadedModel, TrainingSet]:
     """The base LLM with a new connector, and the batches of its fine-tuning."""
-    attention = "eager" if dtype == torch.bfloat16 else "sdpa"
-    backbone = load_backbone(found["backbone"] / "backbone", dtype, attention)
+    folder = found["backbone"] / "backbone"
+    attention = attention_for(folder, "cpu") if dtype == torch.bfloat16 else "sdpa"
+    backbone = load_backbone(folder, dtype, attention)
     rows = FeatureTable(found["features"] / "train")[:]
     shape = recipe.modality(modality).connector.model_dump()
     pair = new_connector(modality, backbone[0], rows, shape, 0, "benchmark")

@@ -24,6 +24,7 @@ from graftline.evaluation.perplexity import text_perplexity
 from graftline.evaluation.scoring import score_rows
 from graftline.merging.backbones import merge_backbones
 from graftline.merging.streaming import MergeRequest, merge_checkpoints
+from graftline.model.attention import attention_for
 from graftline.model.backbone import convert_gguf, load_backbone, make_tiny
 from graftline.model.encoders import load_encoder
 from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
@@ -371,9 +372,9 @@ def _call(work: Work) -> phases.Call:
 def _load(work: Work) -> tuple[Any, Any]:
     parameters = work.step.parameters
     attention, device = parameters["attention"], work.machine.torch_device
-    if attention == "auto":
-        attention = "eager" if device == "cpu" else "sdpa"
     folder = work.parents["backbone"].folder / "backbone"
+    if attention == "auto":
+        attention = attention_for(folder, device)
     return load_backbone(folder, DTYPES[parameters["precision"]], attention, device)
 
 

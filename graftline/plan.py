@@ -20,7 +20,24 @@ from graftline.merging.rules import parameters_for, rule_named
 from graftline.model.encoders import encoder_identity
 from graftline.recipe import PhaseSettings, Recipe
 
-TRAINING_CODE = ("training/*.py", "model/*.py", "data/examples.py", "data/features.py")
+MODEL_CODE = (
+    "model/attention.py",
+    "model/backbone.py",
+    "model/connectors.py",
+    "model/loading.py",
+    "model/multimodal.py",
+    "model/prompts.py",
+    "data/examples.py",
+    "data/features.py",
+)
+TRAINING_CODE = (
+    *MODEL_CODE,
+    "training/loop.py",
+    "training/lora.py",
+    "training/optimizer.py",
+    "training/phases.py",
+)
+ANSWERING_CODE = (*MODEL_CODE, "evaluation/answering.py", "evaluation/scoring.py")
 CODE: dict[str, tuple[str, ...]] = {
     "backbone": ("model/backbone.py",),
     "features": (
@@ -37,20 +54,9 @@ CODE: dict[str, tuple[str, ...]] = {
     "merge": ("merging/__init__.py", "merging/backbones.py", "merging/running_average.py"),
     "compose": ("merging/*.py",),
     "adapters": ("model/routing/adapters.py",),
-    "evaluate": (
-        "model/*.py",
-        "data/examples.py",
-        "evaluation/answering.py",
-        "evaluation/scoring.py",
-    ),
-    "evaluate-joint": (
-        "model/*.py",
-        "data/examples.py",
-        "evaluation/answering.py",
-        "evaluation/joint.py",
-        "evaluation/scoring.py",
-    ),
-    "perplexity": ("evaluation/perplexity.py",),
+    "evaluate": ANSWERING_CODE,
+    "evaluate-joint": (*ANSWERING_CODE, "evaluation/joint.py"),
+    "perplexity": ("model/attention.py", "evaluation/perplexity.py"),
 }
 
 

@@ -46,7 +46,7 @@ class BackboneSettings(Part):
     source: Literal["smollm2-135m-instruct", "tiny-random"] = "smollm2-135m-instruct"
     system_prompt: str = Field("", description="text of the chat template's system turn")
     attention: Literal["auto", "eager", "sdpa"] = Field(
-        "auto", description="auto: eager on CPU (faster there in bf16), sdpa on a GPU"
+        "auto", description="auto: grouped matrix products on CPU (faster there), sdpa on a GPU"
     )
 
 

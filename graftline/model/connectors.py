@@ -9,6 +9,8 @@ LINEAR_RANK = 64
 """Width of the straight path: directions in which the answers' words may differ."""
 _FLATTEST = 0.1
 """Smallest spread that a feature is divided by, as a share of the median feature's."""
+_SPARE, _ROUNDS = 16, 6
+"""Of the subspace iteration: directions beside those asked for, and rounds."""
 
 
 class MixerConnector(nn.Module):
@@ -102,11 +104,33 @@ class MixerConnector(nn.Module):
         found = (standard @ solution).view_as(wanted)
         shrinkage = found.norm(dim=-1).mean(0) / wanted.norm(dim=-1).mean(0).clamp(min=1e-9)
         solution /= shrinkage.clamp(min=1e-3).repeat_interleave(self.embedding_width)
-        left, values, right = torch.linalg.svd(solution, full_matrices=False)
-        left, values, right = left[:, : self.rank], values[: self.rank], right[: self.rank]
+        left, values, right = _leading_directions(solution, self.rank)
         spread = (standard @ left).std(0).clamp(min=1e-6)
         self.reduce.weight.copy_((left / spread).T)
         self.reduce.bias.zero_()
         self.project.weight.zero_()
         self.project.weight[:, : self.rank] = ((values * spread)[:, None] * right).T
         self.project.bias.copy_(centre.repeat(self.tokens))
+
+
+def _leading_directions(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values of a matrix and their vectors, by subspace iteration.
+
+    From a seeded start and with some directions to spare (Halko et al., arXiv 0909.4061, algorithm
+    4.4): a whole decomposition takes ten times as long for the same leading part.
+
+    Args:
+        matrix: (rows, columns).
+        count: how many, at most the smaller side.
+
+    Returns:
+        Left vectors (rows, count), values (count,), right vectors (count, columns).
+    """
+    width = min(count + _SPARE, *matrix.shape)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
+    basis = torch.linalg.qr(matrix @ drawn)[0]
+    for _ in range(_ROUNDS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
+    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return (basis @ left)[:, :count], values[:count], right[:count]

@@ -74,12 +74,14 @@ def align(call: Call, settings: PhaseSettings, modality: str, shape: dict[str, i
         modality, call.backbone[0], features, shape, call.seed, call.backbone_fingerprint
     )
     loaded = assemble(call.backbone, [(record, connector)], call.system_prompt)
-    examples = _examples(call, loaded, [modality])
+    examples = examples_of(call, loaded, [modality])
     table = loaded.model.backbone.get_input_embeddings().weight.detach().float().cpu()
     words = _answer_words(table, examples[0], connector.tokens)
     connector.fit(features, words, table.mean(0), RIDGE)
     rows = TrainingSet(examples, settings.batch_size, call.seed)
-    _run(call, loaded, settings, rows, [_connector_group(loaded, modality, settings.learning_rate)])
+    run_phase(
+        call, loaded, settings, rows, [connector_group(loaded, modality, settings.learning_rate)]
+    )
     save_connector(call.out, record, connector)
 
 
@@ -105,13 +107,13 @@ def realign(
     record = ConnectorRecord(modality, old.shape, call.backbone_fingerprint)
     module = read_connector(connector, old)
     loaded = assemble(call.backbone, [(record, module)], call.system_prompt)
-    examples = _examples(call, loaded, [modality])
+    examples = examples_of(call, loaded, [modality])
     kept = replay_rows(len(examples[0]), fraction, call.seed)
     rows = TrainingSet(examples, settings.batch_size, call.seed, [kept])
-    group = _connector_group(loaded, modality, settings.learning_rate)
+    group = connector_group(loaded, modality, settings.learning_rate)
     if part == "output":
         group = replace(group, parameters=module.output_parameters())
-    _run(call, loaded, settings, rows, [group])
+    run_phase(call, loaded, settings, rows, [group])
     save_connector(call.out, record, module)
 
 
@@ -148,14 +150,14 @@ def fine_tune(
             (ConnectorRecord(modality, old.shape, aligned_to), read_connector(folder, old))
         )
     loaded = assemble(call.backbone, pairs, call.system_prompt)
-    examples = _examples(call, loaded, list(connectors))
+    examples = examples_of(call, loaded, list(connectors))
     rows = TrainingSet(examples, settings.batch_size, call.seed)
-    groups = [_connector_group(loaded, name, connector_learning_rate) for name in connectors]
+    groups = [connector_group(loaded, name, connector_learning_rate) for name in connectors]
     if not frozen:
         if mode == "lora":
             wrap_lora(loaded.model, lora, call.seed)
-        groups.append(_backbone_group(loaded, settings.learning_rate, mode, train_embeddings))
-    _run(call, loaded, settings, rows, groups)
+        groups.append(backbone_group(loaded, settings.learning_rate, mode, train_embeddings))
+    run_phase(call, loaded, settings, rows, groups)
     if mode == "lora":
         fold_lora(loaded.model)
     for record, connector in pairs:
@@ -197,17 +199,19 @@ def _cut(token_ids: Sequence[int], parts: int) -> list[list[int]]:
     return [list(token_ids[start : max(end, start + 1)]) for start, end in pairwise(edges)]
 
 
-def _examples(call: Call, loaded: LoadedModel, modalities: Sequence[str]) -> list[ExampleSet]:
+def examples_of(call: Call, loaded: LoadedModel, modalities: Sequence[str]) -> list[ExampleSet]:
+    """The training rows of some modalities."""
     return [ExampleSet(call.features[name], name, "train", loaded.prompts) for name in modalities]
 
 
-def _run(
+def run_phase(
     call: Call,
     loaded: LoadedModel,
     settings: PhaseSettings,
     rows: TrainingSet,
     groups: Sequence[ParameterGroup],
 ) -> History:
+    """Trains, and writes what happened at each step and how long it took into `call.out`."""
     started = time.monotonic()
     history = train(loaded.model, groups, rows.batch, settings, call.work, call.label)
     (call.out / "history.json").write_text(json.dumps(asdict(history)), encoding="utf-8")
@@ -216,14 +220,16 @@ def _run(
     return history
 
 
-def _connector_group(loaded: LoadedModel, modality: str, rate: float) -> ParameterGroup:
+def connector_group(loaded: LoadedModel, modality: str, rate: float) -> ParameterGroup:
+    """All that a connector learns."""
     parameters = list(loaded.model.connectors[modality].parameters())
     return ParameterGroup(f"connector-{modality}", parameters, rate)
 
 
-def _backbone_group(
+def backbone_group(
     loaded: LoadedModel, rate: float, mode: str, train_embeddings: bool
 ) -> ParameterGroup:
+    """What the backbone learns in this mode; embeddings only where asked."""
     backbone = loaded.model.backbone
     if mode == "lora":
         chosen = [p for name, p in backbone.named_parameters() if "lora_" in name]

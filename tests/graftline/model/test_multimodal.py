@@ -9,6 +9,7 @@ from graftline.data.examples import ExampleSet, TrainingSet, question_batches
 from graftline.data.features import FeatureTable
 from graftline.errors import GraftlineError
 from graftline.evaluation.answering import answer_all
+from graftline.model.connectors import _leading_directions
 from graftline.model.loading import (
     Misaligned,
     assemble,
@@ -158,3 +159,14 @@ def test_linear_layers_see_contiguous_rows(loaded, features_folder: Path) -> Non
     handle.remove()
     assert seen[0].is_contiguous()
     assert seen[0].shape[1] == max(len(prompt.answer_ids) for prompt in prompts) + 1
+
+
+def test_leading_directions_are_those_of_the_whole_decomposition() -> None:
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(90, 70, generator=generator, dtype=torch.float64)
+    matrix *= torch.logspace(0, -6, 70, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = _leading_directions(matrix, 8)
+    torch.testing.assert_close(found[1], values[:8], rtol=1e-9, atol=0)
+    wanted = (left[:, :8] * values[:8]) @ right[:8]
+    torch.testing.assert_close((found[0] * found[1]) @ found[2], wanted, rtol=0, atol=1e-9)
