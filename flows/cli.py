@@ -6,21 +6,28 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from tasks.environment import prepare
 
 prepare()
 
 import typer  # noqa: E402
-from rich.console import Console  # noqa: E402
 
+from flows.options import (  # noqa: E402
+    Method,
+    RecipePath,
+    Seed,
+    Settings,
+    Verbose,
+    checked,
+    console,
+    out,
+    overrides_of,
+)
 from graftline.errors import GraftlineError  # noqa: E402
 from tasks.interruption import stop_on_signals  # noqa: E402
 from tasks.server import UI_PORT  # noqa: E402
-
-if TYPE_CHECKING:
-    from graftline.recipe import Recipe
 
 EXIT_FAILED = 1
 app = typer.Typer(
@@ -32,24 +39,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="The starter's data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-console = Console(stderr=True)
-out = Console()
-
-RecipePath = Annotated[Path, typer.Argument(help="The recipe, e.g. params/starter.yaml.")]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        help="mera, merge-only, realign-only, finetune, connector-only, joint, experts; or a "
-        "rule that combines the experts: average, task-arithmetic, ties, dare-ties, consensus, "
-        "pcb, emr, mmer, route."
-    ),
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of all random choices.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. replay.fraction=0.01."),
-]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show Prefect's own log lines.")]
 
 
 @app.command()
@@ -62,8 +51,8 @@ def run(
 ) -> None:
     """Run a recipe from data to report; what is finished already is reused."""
     prepare(verbose=verbose)
-    overrides = _overrides(method, seed, settings)
-    chosen = _recipe(recipe, overrides)
+    overrides = overrides_of(method, seed, settings)
+    chosen = checked(recipe, overrides)
     from flows.running import run_recipe
 
     console.print(
@@ -83,8 +72,8 @@ def show(
     recipe: RecipePath, method: Method = None, seed: Seed = None, settings: Settings = None
 ) -> None:
     """Print the table of a finished run and where its pictures lie."""
-    overrides = _overrides(method, seed, settings)
-    chosen = _recipe(recipe, overrides)
+    overrides = overrides_of(method, seed, settings)
+    chosen = checked(recipe, overrides)
     from flows.showing import print_report
     from tasks.outputs import report_folder
 
@@ -116,7 +105,7 @@ def table(
     from flows.showing import summary_of
     from tasks.outputs import compose_folder, finished_reports
 
-    name = _recipe(recipe, {}).name
+    name = checked(recipe, {}).name
     folders = [folder for each in [name, *(also or [])] for folder in finished_reports(each)]
     if composition:
         from graftline.recipe import COMPOSITIONS
@@ -139,8 +128,8 @@ def search(
 ) -> None:
     """Choose merge rules' parameters on validation rows, with the same small budget for each."""
     prepare()
-    overrides = _overrides(None, seed, settings)
-    _recipe(recipe, overrides)
+    overrides = overrides_of(None, seed, settings)
+    checked(recipe, overrides)
     from flows.searching import describe
     from flows.searching import search as search_rules
     from graftline.methods.search import CANDIDATES
@@ -256,23 +245,6 @@ def _plain(error: GraftlineError) -> str:
     from rich.markup import escape
 
     return escape(str(error))
-
-
-def _overrides(method: str | None, seed: int | None, settings: list[str] | None) -> dict[str, Any]:
-    from graftline.recipe import parse_override
-
-    overrides = dict(parse_override(text) for text in settings or [])
-    if method is not None:
-        overrides["method"] = method
-    if seed is not None:
-        overrides["seed"] = seed
-    return overrides
-
-
-def _recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
-    from graftline.recipe import load_recipe
-
-    return load_recipe(path, overrides)
 
 
 class _ToConsole(logging.Handler):

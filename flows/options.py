@@ -1,0 +1,52 @@
+"""What several commands of the command line share: options, consoles, reading a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from graftline.recipe import Recipe
+
+console = Console(stderr=True)
+out = Console()
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, e.g. params/starter.yaml.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="mera, merge-only, realign-only, finetune, connector-only, joint, experts; or a "
+        "rule that combines the experts: average, task-arithmetic, ties, dare-ties, consensus, "
+        "pcb, emr, mmer, route."
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of all random choices.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. replay.fraction=0.01."),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show Prefect's own log lines.")]
+
+
+def overrides_of(
+    method: str | None, seed: int | None, settings: list[str] | None
+) -> dict[str, Any]:
+    """Dotted key -> value, of what a command line says."""
+    from graftline.recipe import parse_override
+
+    overrides = dict(parse_override(text) for text in settings or [])
+    if method is not None:
+        overrides["method"] = method
+    if seed is not None:
+        overrides["seed"] = seed
+    return overrides
+
+
+def checked(path: Path, overrides: dict[str, Any]) -> Recipe:
+    """The recipe, or an error that lists its problems; imports what it needs only now."""
+    from graftline.recipe import load_recipe
+
+    return load_recipe(path, overrides)
