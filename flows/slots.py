@@ -39,7 +39,8 @@ def carry_out(
         jobs: needs before who needs them; with one slot they start in this order, with more the
             one with the longest chain behind it starts first.
         slots: how many run at once.
-        limits: task's name -> how many of that task run at once.
+        limits: task's name -> how many of that task run at once. A place is kept for the longest
+            chain while what that waits for is short: none of the same task.
 
     Returns:
         name -> finished future.
@@ -82,9 +83,24 @@ def _ready(
     limits: Mapping[str, int],
 ) -> Job | None:
     busy = [job.task.name for job in running]
+    unfinished = {job.name: job for job in (*waiting, *running)}
+    kept: set[str] = set()
     for job in waiting:
         limit = limits.get(job.task.name)
-        allowed = limit is None or busy.count(job.task.name) < limit
+        allowed = limit is None or (busy.count(job.task.name) < limit and job.task.name not in kept)
         if allowed and finished.keys() >= set(job.needs):
             return job
+        if limit is not None and job.task.name not in _kinds_before(job, unfinished):
+            kept.add(job.task.name)
     return None
+
+
+def _kinds_before(job: Job, unfinished: Mapping[Hashable, Job]) -> set[str]:
+    """Names of the tasks that a job still waits for, directly or not."""
+    kinds: set[str] = set()
+    needed = [unfinished[name] for name in job.needs if name in unfinished]
+    while needed:
+        other = needed.pop()
+        kinds.add(other.task.name)
+        needed += [unfinished[name] for name in other.needs if name in unfinished]
+    return kinds

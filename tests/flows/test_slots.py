@@ -84,6 +84,25 @@ def test_a_limit_holds_for_its_kind_only(server: None) -> None:
     assert max(_at_once["small"]) == 2
 
 
+def test_a_limited_place_is_kept_for_the_longest_chain(server: None) -> None:
+    """`expert` could start at once, and the chain would wait for it at each of its links."""
+    jobs = [
+        _job("one", kind="large"),
+        _job("between", "one"),
+        _job("two", "between", kind="large"),
+        _job("last", "two"),
+        _job("expert", kind="large"),
+        _job("other"),
+    ]
+    _run(jobs, 2)
+    assert [name for name in _started if name in ("one", "two", "expert")] == [
+        "one",
+        "two",
+        "expert",
+    ]
+    assert max(_at_once["large"]) == 1
+
+
 def test_after_a_failure_nothing_more_starts(server: None) -> None:
     with pytest.raises(ValueError, match="breaks"):
         _run([_job("breaks"), _job("after", "breaks"), _job("a"), _job("b"), _job("c")], 2)
