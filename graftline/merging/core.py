@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -79,11 +79,31 @@ class Block:
     size: int
 
 
-Blocks = Callable[[], Iterable[Block]]
-"""Starts one more walk over all blocks; the same ones in the same order each time."""
+Found = TypeVar("Found")
+
+
+class Walk(Protocol):
+    """Goes over all blocks once more each time it is called."""
+
+    def __call__(self, work: Callable[[Iterable[Block]], Found], /) -> Iterable[Found]:
+        """Calls `work` with one run of blocks after the other, maybe in several threads.
+
+        Returns:
+            What `work` found, in the order of the blocks, which is the same each time.
+        """
+
+
+def walk_over(blocks: Sequence[Block]) -> Walk:
+    """A walk over blocks that are in memory, all in one run."""
+
+    def walk(work: Callable[[Iterable[Block]], Found], /) -> Iterable[Found]:
+        yield work(blocks)
+
+    return walk
+
 
 Merge = Callable[[Tensor, Sequence[Tensor], Any, Context], Merged]
-Gather = Callable[[Blocks, Any], Statistics]
+Gather = Callable[[Walk, Any], Statistics]
 
 
 @dataclass(frozen=True)
@@ -111,9 +131,9 @@ class Rule:
     one_per_expert: bool = False
     uses_base: bool = True
 
-    def statistics(self, blocks: Blocks, parameters: MergeParameters) -> Statistics | None:
+    def statistics(self, walk: Walk, parameters: MergeParameters) -> Statistics | None:
         """Takes the statistics over all blocks; None where the rule needs none."""
-        return None if self.gather is None else self.gather(blocks, parameters)
+        return None if self.gather is None else self.gather(walk, parameters)
 
 
 def statistics_of(
@@ -135,7 +155,7 @@ def statistics_of(
             "scope='global' needs Rule.statistics over all tensors first; "
             "choose scope='tensor' for one tensor by itself"
         )
-    return gather(lambda: [Block(base, tuple(experts), base.numel())], parameters)
+    return gather(walk_over([Block(base, tuple(experts), base.numel())]), parameters)
 
 
 def per_expert(value: PerExpert, count: int, name: str) -> tuple[float, ...]:

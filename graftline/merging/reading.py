@@ -19,8 +19,12 @@ from graftline.merging.checkpoints import DTYPES
 from graftline.merging.compatibility import Job
 from graftline.weight_files import Entry
 
-BLOCK = 1 << 16
-"""Elements computed at once: few enough that intermediate results stay in the cache."""
+BLOCK = 1 << 15
+"""Elements computed at once: few enough that intermediate results stay in the cache, and that
+torch uses one thread for them (its grain size)."""
+
+RUN = 16 * BLOCK
+"""Elements that one thread computes before it asks for more."""
 
 _BUFFERS = 3  # one being read, one waiting, one in use
 _BUFFER_BYTES = 24 << 20  # shared by all models, so memory does not grow with their number
@@ -41,6 +45,15 @@ class Segment:
     job: Job
     offset: int
     tensors: tuple[Tensor, ...]
+
+    def runs(self) -> list[Segment]:
+        """Cuts it into parts of `RUN` elements."""
+        return [
+            Segment(
+                self.job, self.offset + start, tuple(t[start : start + RUN] for t in self.tensors)
+            )
+            for start in range(0, self.tensors[0].numel(), RUN)
+        ]
 
 
 class ReadAhead:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from graftline.merging.compatibility import CannotMergeCheckpoints
-from graftline.merging.core import Block, Context, added, decoupled
+from graftline.merging.core import Block, Context, added, decoupled, walk_over
 from graftline.merging.masks import decoupled_weight, load_masks
 from graftline.merging.rules import RULES, parameters_for
 from graftline.merging.streaming import MergeRequest, merge_checkpoints
@@ -45,7 +45,7 @@ def test_streaming_gives_what_the_rule_gives_in_memory(models, tmp_path, name, s
     parameters = parameters_for(rule, chosen, 2)
     start, tuned = tensors_of(base), [tensors_of(expert) for expert in experts]
     blocks = [Block(t, tuple(e[n] for e in tuned), t.numel()) for n, t in start.items()]
-    found = rule.statistics(lambda: blocks, parameters) if scope == "global" else None
+    found = rule.statistics(walk_over(blocks), parameters) if scope == "global" else None
     got = tensors_of(tmp_path / "out")
     assert got.keys() == start.keys()
     masks = [load_masks(p) for p in sorted((tmp_path / "out" / "masks").glob("*"))]
