@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -172,8 +173,8 @@ class Building:
 
             bar = nullcontext() if label is None else track(label, len(jobs))
             with ReadAhead(jobs) as reading, bar as advance:
-                for segment in reading:
-                    yield from self._workers.map(look, segment.runs())
+                for segment, found in self._computed(reading, look):
+                    yield from found
                     if advance is not None and _ends(segment):
                         advance(segment.job.name)
 
@@ -188,21 +189,31 @@ class Building:
     ) -> Iterator[str]:
         """Merges and writes tensors; yields the name of each that is finished."""
         with ReadAhead(jobs, with_base=self._rule.uses_base) as reading:
-            for segment in reading:
+            for segment, finished in self._computed(reading, self._finish):
                 name = segment.job.name
-                if segment.job.experts:
-                    for weights, masks in self._workers.map(self._merge_run, segment.runs()):
-                        writing.write(places[name], weights)
-                        for expert, bits in enumerate(masks):
-                            writing.write(_mask_file(expert), bits)
-                else:
-                    writing.write(places[name], segment.tensors[0].numpy().tobytes())
+                for weights, masks in finished:
+                    writing.write(places[name], weights)
+                    for expert, bits in enumerate(masks):
+                        writing.write(_mask_file(expert), bits)
                 if _ends(segment):
                     yield name
 
-    def _merge_run(self, run: Segment) -> tuple[Bytes, list[Bytes]]:
-        """The merged weights of a part of a tensor in the base's dtype, and packed masks."""
+    def _computed(
+        self, reading: ReadAhead, work: Callable[[Segment], Found]
+    ) -> Iterator[tuple[Segment, Iterable[Found]]]:
+        """Each segment and what `work` makes of its runs; the next one is computed meanwhile."""
+        begun: deque[tuple[Segment, Iterable[Found]]] = deque()
+        for segment in reading:
+            begun.append((segment, self._workers.map(work, segment.runs())))
+            if len(begun) > 1:
+                yield begun.popleft()
+        yield from begun
+
+    def _finish(self, run: Segment) -> tuple[Bytes, list[Bytes]]:
+        """A part of a tensor as it will be stored, in the base's dtype, and packed masks."""
         job = run.job
+        if not job.experts:
+            return run.tensors[0].numpy().copy(), []
         count, dtype = run.tensors[0].numel(), DTYPES[job.base.dtype]
         weights = torch.zeros(count, dtype=dtype)
         masks = [np.zeros(count, np.bool_) for _ in job.experts if self._rule.one_per_expert]
