@@ -117,7 +117,8 @@ class Building:
             "request": dict(asked),
             "paper": self._rule.paper,
             "statistics": self._known,
-            "scales": self._scales,
+            # in the order of the tensors, not in that of the threads
+            "scales": {j.name: self._scales[j.name] for j in merged if j.name in self._scales},
             "warnings": list(self._plan.warnings),
             "files": writing.files(),
         }
