@@ -228,9 +228,10 @@ def ours(rule: str, models: list[Path], target: Path) -> Run:
     """`graftline merge`."""
     words = [sys.executable, "-m", "flows.cli", "merge", "--rule", rule]
     words += ["--base", str(models[0]), "--out", str(target)]
-    for expert in models if rule == "average" else models[1:]:
+    experts = models if rule == "average" else models[1:]
+    for expert in experts:
         words += ["--expert", str(expert)]
-    return timed(f"graftline {rule}, {len(models) - 1} experts", words, models, target)
+    return timed(f"graftline {rule}, {len(experts)} experts", words, models, target)
 
 
 def theirs(interpreter: str, rule: str, models: list[Path], target: Path) -> Run:
