@@ -4,8 +4,11 @@ Makes a base and two experts with a Llama's shapes (bf16, seeded, several shards
 each from a cold page cache:
 
 - the floor: reading the three checkpoints and writing one, in large pieces, with fsync;
-- `graftline merge` for some rules, in a process of its own, with its peak anonymous memory;
+- `graftline merge` for some rules, in a process of its own: wall and processor seconds, and its
+  peak anonymous memory, also with eight experts (the same folders again and again);
 - mergekit's `linear` and `ties`, if an interpreter that has mergekit 0.1.5 is given.
+
+Floor and merges take turns, and the load of the machine is noted, because others may use it, too.
 
     python benchmarks/merge.py --size small
     python benchmarks/merge.py --mergekit /path/to/mergekit-venv/bin/python
@@ -27,6 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +41,23 @@ from graftline.merging.writing import Stored, header, split
 # vocabulary, width, feed-forward width, layers, width of keys and values
 SIZES = {
     "small": (32000, 512, 1408, 6, 128),
+    "medium": (32000, 1024, 2816, 8, 256),
     "large": (32000, 2048, 5632, 22, 256),
 }
 SHARDS = 5
 PIECE = 16 << 20
 MERGEKIT = "0.1.5"
+RIVALS = {"linear": "average", "ties": "ties"}  # mergekit's rules, and what ours are called
+MANY = 8  # experts, when memory is looked at
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run took: wall seconds, processor seconds (user + system), peak anonymous bytes."""
+
+    seconds: float
+    processor: float
+    anonymous: int = 0
 
 
 def main() -> None:
@@ -49,6 +65,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="large")
     parser.add_argument("--rules", default="average,ties", help="rules of ours, with commas")
     parser.add_argument("--rounds", type=int, default=2, help="each is measured this often")
+    parser.add_argument("--many", action="store_true", help=f"memory with {MANY} experts, too")
     parser.add_argument("--mergekit", metavar="PYTHON", help="interpreter that has mergekit")
     parser.add_argument("--folder", type=Path, help="where the checkpoints go (default: temporary)")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
@@ -68,19 +85,24 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     parameters = sum(size for _, size in tensors(arguments.size))
     data = sum(path.stat().st_size for model in models for path in model.glob("*.safetensors"))
     say(f"{parameters / 1e9:.2f}B parameters, {data / 1e9:.2f} GB to read")
-    seconds: dict[str, list[float]] = {}
-    memory: dict[str, int] = {}
+    load = os.getloadavg()[0]
+    runs: dict[str, list[Run]] = {}
     for _ in range(arguments.rounds):
-        seconds.setdefault("floor", []).append(floor(models, folder / "floor"))
         for rule in arguments.rules.split(","):
-            took, anonymous = ours(rule, models, folder / "ours")
-            seconds.setdefault(rule, []).append(took)
-            memory[rule] = max(memory.get(rule, 0), anonymous)
+            runs.setdefault("floor", []).append(floor(models, folder / "floor"))
+            runs.setdefault(rule, []).append(ours(rule, models, folder / "ours"))
+    many = {}
+    if arguments.many:
+        for rule in arguments.rules.split(","):
+            experts = [models[1 + place % 2] for place in range(MANY)]
+            many[rule] = ours(rule, [models[0], *experts], folder / "ours").anonymous
     if arguments.mergekit:
-        for rule in ("linear", "ties"):
-            took, anonymous = theirs(arguments.mergekit, rule, models, folder / "theirs")
-            seconds[f"mergekit {rule}"], memory[f"mergekit {rule}"] = [took], anonymous
-    least = statistics.median(seconds["floor"])
+        for rule in RIVALS:
+            found = theirs(arguments.mergekit, rule, models, folder / "theirs")
+            runs[f"mergekit {rule}"] = [found]
+    seconds = {
+        name: statistics.median(run.seconds for run in tries) for name, tries in runs.items()
+    }
     largest = 2 * max(size for _, size in tensors(arguments.size))
     return {
         "parameters": parameters,
@@ -88,9 +110,23 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
         "largest_tensor_bytes": largest,
         "memory_bound_bytes": 3 * largest + 300_000_000,
         "threads": torch.get_num_threads(),
-        "seconds": {name: [round(took, 2) for took in tries] for name, tries in seconds.items()},
-        "times_floor": {n: round(statistics.median(t) / least, 2) for n, t in seconds.items()},
-        "peak_anonymous_bytes": memory,
+        "load_before": load,
+        "seconds": {name: [round(run.seconds, 2) for run in tries] for name, tries in runs.items()},
+        "processor_seconds": {
+            name: [round(run.processor, 2) for run in tries] for name, tries in runs.items()
+        },
+        "times_floor": {name: round(took / seconds["floor"], 2) for name, took in seconds.items()},
+        "times_mergekit": {
+            rule: round(seconds[rule] / seconds[f"mergekit {rival}"], 3)
+            for rival, rule in RIVALS.items()
+            if arguments.mergekit and rule in seconds
+        },
+        "peak_anonymous_bytes": {
+            name: max(run.anonymous for run in tries)
+            for name, tries in runs.items()
+            if name != "floor"
+        },
+        f"peak_anonymous_bytes_{MANY}_experts": many,
     }
 
 
@@ -168,10 +204,10 @@ def forget(*folders: Path) -> None:
         os.close(descriptor)
 
 
-def floor(models: list[Path], target: Path) -> float:
-    """Reads all models and writes the bytes of one, one thing after the other; seconds."""
+def floor(models: list[Path], target: Path) -> Run:
+    """Reads all models and writes the bytes of one, one thing after the other."""
     forget(*models)
-    start = time.perf_counter()
+    start, before = time.perf_counter(), time.process_time()
     buffer = bytearray(PIECE)
     for path in (path for model in models for path in sorted(model.glob("*.safetensors"))):
         with open(path, "rb", buffering=0) as stream:
@@ -182,23 +218,24 @@ def floor(models: list[Path], target: Path) -> float:
         while left > 0:
             left -= stream.write(memoryview(buffer)[: min(left, PIECE)])
         os.fsync(stream.fileno())
-    took = time.perf_counter() - start
+    run = Run(time.perf_counter() - start, time.process_time() - before)
     target.unlink()
-    say(f"floor: {took:.2f} s")
-    return took
+    say(f"floor: {run.seconds:.2f} s, {run.processor:.2f} s of processor")
+    return run
 
 
-def ours(rule: str, models: list[Path], target: Path) -> tuple[float, int]:
-    """Seconds and peak anonymous bytes of `graftline merge`."""
+def ours(rule: str, models: list[Path], target: Path) -> Run:
+    """`graftline merge`."""
     words = [sys.executable, "-m", "flows.cli", "merge", "--rule", rule]
     words += ["--base", str(models[0]), "--out", str(target)]
-    for expert in models if rule == "average" else models[1:]:
+    experts = models if rule == "average" else models[1:]
+    for expert in experts:
         words += ["--expert", str(expert)]
-    return timed(f"graftline {rule}", words, models, target)
+    return timed(f"graftline {rule}, {len(experts)} experts", words, models, target)
 
 
-def theirs(interpreter: str, rule: str, models: list[Path], target: Path) -> tuple[float, int]:
-    """Seconds and peak anonymous bytes of mergekit."""
+def theirs(interpreter: str, rule: str, models: list[Path], target: Path) -> Run:
+    """mergekit."""
     found = subprocess.run(
         [interpreter, "-c", "import importlib.metadata as m; print(m.version('mergekit'))"],
         stdout=subprocess.PIPE,
@@ -225,11 +262,11 @@ def theirs(interpreter: str, rule: str, models: list[Path], target: Path) -> tup
     return timed(f"mergekit {rule}", words, models, target)
 
 
-def timed(name: str, words: list[str], models: list[Path], target: Path) -> tuple[float, int]:
+def timed(name: str, words: list[str], models: list[Path], target: Path) -> Run:
     """Runs a command from a cold cache until its output is on the disk."""
     forget(*models)
     log = target.with_suffix(".log")
-    start = time.perf_counter()
+    start, before = time.perf_counter(), os.times()
     with open(log, "w") as stream:
         process = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT)
         peak = [0]
@@ -237,13 +274,14 @@ def timed(name: str, words: list[str], models: list[Path], target: Path) -> tupl
         watcher.start()
         code = process.wait()
     os.sync()
-    took = time.perf_counter() - start
+    took, after = time.perf_counter() - start, os.times()
     watcher.join()
     if code:
         raise SystemExit(f"{name} ended with {code}:\n{log.read_text()[-3000:]}")
     shutil.rmtree(target)
-    say(f"{name}: {took:.2f} s, {peak[0] / 1e6:.0f} MB anonymous")
-    return took, peak[0]
+    processor = sum(after[2:4]) - sum(before[2:4])  # of children: user and system
+    say(f"{name}: {took:.2f} s, {processor:.2f} s of processor, {peak[0] / 1e6:.0f} MB anonymous")
+    return Run(took, processor, peak[0])
 
 
 def watch(process: subprocess.Popen[bytes], peak: list[int]) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from graftline.merging.compatibility import CannotMergeCheckpoints, Job, Plan
 from graftline.merging.core import (
     Block,
     Context,
+    Found,
     Merged,
     MergeParameters,
     Rule,
@@ -36,8 +40,10 @@ from graftline.progress import track
 SHARD_BYTES = 5_000_000_000
 _WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 _EVERYWHERE = "all tensors"  # whose statistics: of a global scope
+_ZERO = torch.zeros((), dtype=torch.float64)
 
 Bits = npt.NDArray[np.bool_]
+Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class MergeRequest:
 
 
 class Building:
-    """One merge while it runs.
+    """One merge while it runs: `torch.get_num_threads()` threads compute, each its own runs.
 
     Args:
         request: what was asked for.
@@ -88,19 +94,21 @@ class Building:
         self._rule = rule
         self._parameters = parameters
         self._plan = plan
-        self._ill: dict[str, None] = {}  # in the order found
+        self._ill: set[str] = set()
         self._scales: dict[str, list[float]] = {}
         self._known: dict[str, Statistics] = {}
+        self._workers = ThreadPoolExecutor(torch.get_num_threads(), "merge")
 
     def build(self, folder: Path, asked: Mapping[str, Any]) -> None:
         """Fills the folder: weights, companions and index first, the record last."""
         scope = getattr(self._parameters, "scope", None)
         merged = [job for job in self._plan.jobs if job.experts]
-        if scope == "global":
-            self._gather(_EVERYWHERE, merged, "statistics")
-        with Writing(folder) as writing:
-            places = self._lay_out(writing)
-            self._walk(writing, places, one_by_one=scope == "tensor")
+        with self._workers:
+            if scope == "global":
+                self._gather(_EVERYWHERE, merged, "statistics")
+            with Writing(folder) as writing:
+                places = self._lay_out(writing)
+                self._walk(writing, places, one_by_one=scope == "tensor")
         self._refuse_the_ill()
         copy_companions(self.request.base, folder)
         self._write_index(folder, places)
@@ -109,7 +117,8 @@ class Building:
             "request": dict(asked),
             "paper": self._rule.paper,
             "statistics": self._known,
-            "scales": self._scales,
+            # in the order of the tensors, not in that of the threads
+            "scales": {j.name: self._scales[j.name] for j in merged if j.name in self._scales},
             "warnings": list(self._plan.warnings),
             "files": writing.files(),
         }
@@ -159,18 +168,18 @@ class Building:
     def _gather(self, what: str, jobs: Sequence[Job], label: str | None = None) -> None:
         """Takes the rule's statistics over some tensors."""
 
-        def blocks() -> Iterator[Block]:
-            with ReadAhead(jobs) as reading:
-                if label is None:
-                    yield from (b for s in reading for _, b in self._blocks(s))
-                    return
-                with track(label, len(jobs)) as advance:
-                    for segment in reading:
-                        yield from (block for _, block in self._blocks(segment))
-                        if _ends(segment):
-                            advance(segment.job.name)
+        def walk(work: Callable[[Iterable[Block]], Found], /) -> Iterable[Found]:
+            def look(run: Segment) -> Found:
+                return work(block for _, block in self._blocks(run))
 
-        found = self._rule.statistics(blocks, self._parameters)
+            bar = nullcontext() if label is None else track(label, len(jobs))
+            with ReadAhead(jobs) as reading, bar as advance:
+                for segment, found in self._computed(reading, look):
+                    yield from found
+                    if advance is not None and _ends(segment):
+                        advance(segment.job.name)
+
+        found = self._rule.statistics(walk, self._parameters)
         if label is not None:
             self._refuse_the_ill()
         if found is not None:
@@ -181,27 +190,37 @@ class Building:
     ) -> Iterator[str]:
         """Merges and writes tensors; yields the name of each that is finished."""
         with ReadAhead(jobs, with_base=self._rule.uses_base) as reading:
-            for segment in reading:
+            for segment, finished in self._computed(reading, self._finish):
                 name = segment.job.name
-                if segment.job.experts:
-                    weights, masks = self._merge_segment(segment)
-                    writing.write(places[name], weights.view(torch.uint8).numpy())
+                for weights, masks in finished:
+                    writing.write(places[name], weights)
                     for expert, bits in enumerate(masks):
                         writing.write(_mask_file(expert), bits)
-                else:
-                    writing.write(places[name], segment.tensors[0].numpy().tobytes())
                 if _ends(segment):
                     yield name
 
-    def _merge_segment(self, segment: Segment) -> tuple[Tensor, list[npt.NDArray[np.uint8]]]:
-        """The merged weights of a segment in the base's dtype, and packed masks."""
-        job = segment.job
-        count, dtype = segment.tensors[0].numel(), DTYPES[job.base.dtype]
+    def _computed(
+        self, reading: ReadAhead, work: Callable[[Segment], Found]
+    ) -> Iterator[tuple[Segment, Iterable[Found]]]:
+        """Each segment and what `work` makes of its runs; the next one is computed meanwhile."""
+        begun: deque[tuple[Segment, Iterable[Found]]] = deque()
+        for segment in reading:
+            begun.append((segment, self._workers.map(work, segment.runs())))
+            if len(begun) > 1:
+                yield begun.popleft()
+        yield from begun
+
+    def _finish(self, run: Segment) -> tuple[Bytes, list[Bytes]]:
+        """A part of a tensor as it will be stored, in the base's dtype, and packed masks."""
+        job = run.job
+        if not job.experts:
+            return run.tensors[0].numpy().copy(), []
+        count, dtype = run.tensors[0].numel(), DTYPES[job.base.dtype]
         weights = torch.zeros(count, dtype=dtype)
         masks = [np.zeros(count, np.bool_) for _ in job.experts if self._rule.one_per_expert]
         known = self._known.get(job.name, self._known.get(_EVERYWHERE))
-        for start, block in self._blocks(segment):
-            context = Context(job.name, segment.offset + start, self.request.seed, known)
+        for start, block in self._blocks(run):
+            context = Context(job.name, run.offset + start, self.request.seed, known)
             merged = self._rule.merge(block.base, block.experts, self._parameters, context)
             stop = start + block.base.numel()
             if self._rule.uses_base:
@@ -210,8 +229,8 @@ class Building:
                 weights[start:stop] = rounded_once(merged.tau, dtype)
             self._note_masks(job.name, merged, masks, slice(start, stop))
         if not _finite(weights):
-            self._ill[f"{job.name}: the merged values are too large for {job.base.dtype}"] = None
-        return weights, [np.packbits(mask) for mask in masks]
+            self._ill.add(f"{job.name}: the merged values are too large for {job.base.dtype}")
+        return weights.view(torch.uint8).numpy(), [np.packbits(mask) for mask in masks]
 
     def _note_masks(self, name: str, merged: Merged, masks: list[Bits], place: slice) -> None:
         for expert, mask in enumerate(masks):
@@ -220,27 +239,26 @@ class Building:
             mask[place] = merged.masks[expert].numpy()
             self._scales[name] = list(merged.scales)
 
-    def _blocks(self, segment: Segment) -> Iterator[tuple[int, Block]]:
-        """A segment's blocks and where they begin; notes and leaves out those with NaN."""
-        size, tensors = segment.job.base.elements, segment.tensors
-        with_base = len(tensors) > len(segment.job.experts)
+    def _blocks(self, run: Segment) -> Iterator[tuple[int, Block]]:
+        """A run's blocks and where they begin; notes and leaves out those with NaN."""
+        size, tensors = run.job.base.elements, run.tensors
+        with_base = len(tensors) > len(run.job.experts)
         for start in range(0, tensors[0].numel(), BLOCK):
             pieces = [tensor[start : start + BLOCK] for tensor in tensors]
             healthy = True
             for number, piece in enumerate(pieces):
                 if not _finite(piece):
                     healthy = False
-                    entries = (segment.job.base, *segment.job.experts)
+                    entries = (run.job.base, *run.job.experts)
                     entry = entries[number if with_base else number + 1]
-                    wrong = f"{entry.file}: {segment.job.name} holds NaN or infinity"
-                    self._ill[wrong] = None
+                    self._ill.add(f"{entry.file}: {run.job.name} holds NaN or infinity")
             if healthy:
-                base = pieces[0] if with_base else torch.zeros(pieces[0].shape, dtype=torch.float64)
+                base = pieces[0] if with_base else _ZERO.expand(pieces[0].shape)
                 yield start, Block(base, tuple(pieces[with_base:]), size)
 
     def _refuse_the_ill(self) -> None:
         if self._ill:
-            raise CannotMergeCheckpoints(list(self._ill))
+            raise CannotMergeCheckpoints(sorted(self._ill))
 
 
 def _mask_file(expert: int) -> str:

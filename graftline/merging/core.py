@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -31,6 +33,8 @@ class ScopedParameters(MergeParameters):
         "tensor: each tensor for itself",
     )
 
+
+_FRACTION_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 
 PerExpert = float | tuple[float, ...]
 """One number for all experts, or one for each in their order."""
@@ -79,11 +83,31 @@ class Block:
     size: int
 
 
-Blocks = Callable[[], Iterable[Block]]
-"""Starts one more walk over all blocks; the same ones in the same order each time."""
+Found = TypeVar("Found")
+
+
+class Walk(Protocol):
+    """Goes over all blocks once more each time it is called."""
+
+    def __call__(self, work: Callable[[Iterable[Block]], Found], /) -> Iterable[Found]:
+        """Calls `work` with one run of blocks after the other, maybe in several threads.
+
+        Returns:
+            What `work` found, in the order of the blocks, which is the same each time.
+        """
+
+
+def walk_over(blocks: Sequence[Block]) -> Walk:
+    """A walk over blocks that are in memory, all in one run."""
+
+    def walk(work: Callable[[Iterable[Block]], Found], /) -> Iterable[Found]:
+        yield work(blocks)
+
+    return walk
+
 
 Merge = Callable[[Tensor, Sequence[Tensor], Any, Context], Merged]
-Gather = Callable[[Blocks, Any], Statistics]
+Gather = Callable[[Walk, Any], Statistics]
 
 
 @dataclass(frozen=True)
@@ -111,9 +135,9 @@ class Rule:
     one_per_expert: bool = False
     uses_base: bool = True
 
-    def statistics(self, blocks: Blocks, parameters: MergeParameters) -> Statistics | None:
+    def statistics(self, walk: Walk, parameters: MergeParameters) -> Statistics | None:
         """Takes the statistics over all blocks; None where the rule needs none."""
-        return None if self.gather is None else self.gather(blocks, parameters)
+        return None if self.gather is None else self.gather(walk, parameters)
 
 
 def statistics_of(
@@ -135,7 +159,7 @@ def statistics_of(
             "scope='global' needs Rule.statistics over all tensors first; "
             "choose scope='tensor' for one tensor by itself"
         )
-    return gather(lambda: [Block(base, tuple(experts), base.numel())], parameters)
+    return gather(walk_over([Block(base, tuple(experts), base.numel())]), parameters)
 
 
 def per_expert(value: PerExpert, count: int, name: str) -> tuple[float, ...]:
@@ -205,14 +229,37 @@ def ordered_sum(terms: Sequence[Tensor]) -> Tensor:
     """Sums in float64; the same bytes for every order of the terms.
 
     Args:
-        terms: tensors of one shape and dtype, at least one.
+        terms: tensors of one shape and dtype, finite, at least one.
     """
-    return gathered(ordered(terms))
+    return gathered(terms if _sum_exactly(terms) else ordered(terms))
+
+
+def _sum_exactly(terms: Sequence[Tensor]) -> bool:
+    """Whether float64 holds every sum of the terms, so that no order rounds; True is certain.
+
+    All terms are multiples of the last bit of the smallest of them that is not 0, and their sum
+    is below their number times twice the power of two of the largest.
+    """
+    fraction = _FRACTION_BITS.get(terms[0].dtype)
+    if fraction is None or len(terms) < 3:
+        return False
+    short = fraction < 23
+    most = (1 << 16 if short else 1 << 32) - 1
+    low, high = most, 0
+    for term in terms:
+        signed = term.flatten().view(torch.int16 if short else torch.int32).numpy()
+        words: npt.NDArray[Any] = signed.view(np.uint16 if short else np.uint32)
+        bits = words & (most >> 1)
+        high = max(high, int(bits.max(initial=0)))
+        bits -= 1  # 0 turns into the largest number
+        low = min(low, int(bits.min(initial=most)) + 1)
+    exponents = (high >> fraction) - max(low >> fraction, 1)  # of subnormal numbers: that of 1
+    return len(terms) << max(exponents + fraction + 1, 0) <= 1 << 53
 
 
 def gathered(rows: Sequence[Tensor]) -> Tensor:
     """Sums rows in float64, one after the other."""
-    total = rows[0].double().add(0.0)  # a copy, and no negative zero
+    total = rows[0].to(torch.float64, copy=True).add_(0.0)  # no negative zero
     for row in rows[1:]:
         total += row
     return total
@@ -231,10 +278,14 @@ def rounded_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype in (torch.float64, torch.float32):
         return values.to(dtype)
-    lost = (1 << 29) - 1  # a double has 29 more fraction bits than a float
-    bits = values.contiguous().view(torch.int64)
-    trace = torch.bitwise_and(bits, lost).add_(lost).bitwise_or_(bits).bitwise_and_(~lost)
-    return trace.view(torch.float64).float().to(dtype)
+    lost = np.int64((1 << 29) - 1)  # a double has 29 more fraction bits than a float
+    bits = values.contiguous().view(torch.int64).numpy()
+    trace = np.empty_like(bits)
+    np.bitwise_and(bits, lost, out=trace)  # numpy's integers are twice as fast as torch's
+    trace += lost
+    trace |= bits
+    trace &= ~lost
+    return torch.from_numpy(trace).view(torch.float64).float().to(dtype)
 
 
 def added(base: Tensor, tau: Tensor) -> Tensor:
@@ -247,7 +298,7 @@ def added(base: Tensor, tau: Tensor) -> Tensor:
     Returns:
         A tensor in the base's dtype; bit-identical to the base where tau is 0.
     """
-    return rounded_once(base.double().add(tau), base.dtype)
+    return rounded_once(base.to(torch.float64, copy=True).add_(tau), base.dtype)
 
 
 def decoupled(base: Tensor, merged: Merged, index: int) -> Tensor:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from graftline.merging.core import (
-    Blocks,
+    Block,
     Context,
     Merged,
     Rule,
     ScopedParameters,
     Statistics,
+    Walk,
     ordered_sum,
     statistics_of,
     task_vectors,
@@ -50,25 +51,34 @@ def masks_of(vectors: Sequence[Tensor], unified: Tensor) -> tuple[Tensor, ...]:
     return tuple(vector.sign() * sign > 0 for vector in vectors)
 
 
-def rescalers(blocks: Blocks, parameters: EmrParameters) -> Statistics:
+def rescalers(walk: Walk, parameters: EmrParameters) -> Statistics:
     """Takes scale_i = sum over tensors of mean|tau_i| / sum over tensors of mean|mask_i * tau|.
 
     As the reference code, which weighs each tensor alike, however large it is.
     """
-    own: list[list[float]] = []
-    kept: list[list[float]] = []
-    for block in blocks():
+    found = [pair for run in walk(_both_magnitudes) for pair in run]
+    scales = []
+    for expert in zip(*found, strict=True):
+        # fsum is exact, so the order of the blocks does not matter
+        below = math.fsum(kept for _, kept in expert)
+        scales.append(math.fsum(own for own, _ in expert) / below if below > 0.0 else 1.0)
+    return {SCALE: tuple(scales)}
+
+
+def _both_magnitudes(blocks: Iterable[Block]) -> list[list[tuple[float, float]]]:
+    """A block's part of mean|tau_i| and of mean|mask_i * tau|, for each expert."""
+    found = []
+    for block in blocks:
         vectors = task_vectors(block.base, block.experts)
         unified = elected(vectors)
-        own.append([_magnitude(vector) / block.size for vector in vectors])
-        masks = masks_of(vectors, unified)
-        kept.append([_magnitude(unified * mask) / block.size for mask in masks])
-    scales = []
-    for before, after in zip(zip(*own, strict=True), zip(*kept, strict=True), strict=True):
-        # fsum is exact, so the order of the blocks does not matter
-        below = math.fsum(after)
-        scales.append(math.fsum(before) / below if below > 0.0 else 1.0)
-    return {SCALE: tuple(scales)}
+        pairs = zip(vectors, masks_of(vectors, unified), strict=True)
+        found.append(
+            [
+                (_magnitude(own) / block.size, _magnitude(unified * mask) / block.size)
+                for own, mask in pairs
+            ]
+        )
+    return found
 
 
 def _magnitude(values: Tensor) -> float:

@@ -9,18 +9,18 @@ from pydantic import Field
 from torch import Tensor
 
 from graftline.merging.core import (
-    Block,
-    Blocks,
     Context,
     Merged,
     Rule,
     ScopedParameters,
     Statistics,
+    Walk,
     ordered_sum,
     statistics_of,
     task_vectors,
 )
 from graftline.merging.selection import order_statistics
+from graftline.merging.ties import magnitudes
 
 _OUTLIERS = 0.0001  # share at both ends of the magnitudes that the reference code clips
 
@@ -32,24 +32,22 @@ class PcbParameters(ScopedParameters):
     scale: float = Field(1.2, gt=0.0, le=10.0, description="the paper's lambda")
 
 
-def competition(blocks: Blocks, parameters: PcbParameters) -> Statistics:
+def competition(walk: Walk, parameters: PcbParameters) -> Statistics:
     """Each expert's clipping bounds of magnitudes, its score threshold and its best score."""
     bounds = order_statistics(
-        lambda: ([tau.abs() for tau in task_vectors(b.base, b.experts)] for b in blocks()),
+        walk,
+        magnitudes,
         lambda count: [count - int(count * _OUTLIERS), count - int(count * (1 - _OUTLIERS) - 1)],
     )
     if not bounds:
         return {"low": (), "high": (), "threshold": (), "best": ()}
     low, high = bounds
     found = order_statistics(
-        lambda: (_block_scores(b, low, high) for b in blocks()),
+        walk,
+        lambda block: scores(task_vectors(block.base, block.experts), low, high),
         lambda count: [count - int(count * (1 - parameters.ratio)), 1],
     )
     return {"low": low, "high": high, "threshold": found[0], "best": found[1]}
-
-
-def _block_scores(block: Block, low: Sequence[float], high: Sequence[float]) -> list[Tensor]:
-    return scores(task_vectors(block.base, block.experts), low, high)
 
 
 def scores(vectors: Sequence[Tensor], low: Sequence[float], high: Sequence[float]) -> list[Tensor]:

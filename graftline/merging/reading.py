@@ -19,18 +19,22 @@ from graftline.merging.checkpoints import DTYPES
 from graftline.merging.compatibility import Job
 from graftline.weight_files import Entry
 
-BLOCK = 1 << 16
-"""Elements computed at once: few enough that intermediate results stay in the cache."""
+BLOCK = 1 << 15
+"""Elements computed at once: few enough that intermediate results stay in the cache, and that
+torch uses one thread for them (its grain size)."""
 
-_BUFFERS = 3  # one being read, one waiting, one in use
-_BUFFER_BYTES = 24 << 20  # shared by all models, so memory does not grow with their number
+RUN = 8 * BLOCK
+"""Elements that one thread computes before it asks for more."""
+
+_BUFFERS = 4  # one being read, one waiting, two in use
+_BUFFER_BYTES = 10 << 20  # shared by all models, so memory does not grow with their number
 
 Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of one tensor in all models that are read; only valid until the next one.
+    """A piece of one tensor in all models that are read; only valid until the next but one.
 
     Attributes:
         job: the tensor.
@@ -41,6 +45,15 @@ class Segment:
     job: Job
     offset: int
     tensors: tuple[Tensor, ...]
+
+    def runs(self) -> list[Segment]:
+        """Cuts it into parts of `RUN` elements."""
+        return [
+            Segment(
+                self.job, self.offset + start, tuple(t[start : start + RUN] for t in self.tensors)
+            )
+            for start in range(0, self.tensors[0].numel(), RUN)
+        ]
 
 
 class ReadAhead:
@@ -81,6 +94,7 @@ class ReadAhead:
 
     def __iter__(self) -> Iterator[Segment]:
         """Yields the segments; raises what went wrong while reading."""
+        before = None
         while True:
             item = self._ready.get()
             if item is None:
@@ -88,7 +102,9 @@ class ReadAhead:
             if isinstance(item, BaseException):
                 raise item
             yield item[0]
-            self._free.put(item[1])
+            if before is not None:
+                self._free.put(before)
+            before = item[1]
 
     def _entries(self, job: Job) -> tuple[Entry, ...]:
         """What is read for a tensor."""

@@ -9,60 +9,85 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from graftline.merging.core import Block, Walk
+
 _BINS = 1 << 16  # of the upper and of the lower half of a float32's bits
+
+Columns = Callable[[Block], Sequence[Tensor]]
+_Counts = npt.NDArray[np.int64]
+_Halves = npt.NDArray[np.uint16]
 _Integers = npt.NDArray[np.int32]
 
 
 def order_statistics(
-    values: Callable[[], Iterable[Sequence[Tensor]]], ranks: Callable[[int], Sequence[int]]
+    walk: Walk, columns: Columns, ranks: Callable[[int], Sequence[int]]
 ) -> list[tuple[float, ...]]:
     """Finds values by their rank in two walks: a histogram of the upper 16 bits, then the lower.
 
     Args:
-        values: starts a walk; each step gives one float32 tensor a column, finite, all of one
+        walk: over the blocks.
+        columns: what to look at in a block: one float32 tensor a column, finite, all of one
             size.
         ranks: number of values in a column -> the ranks wanted, 1 the largest; they are moved
             into 1..number.
 
     Returns:
         For each rank the value in each column; exact, and the same however the values are cut
-        into steps. Nothing where a column is empty.
+        into blocks and runs. Nothing where a column is empty.
     """
-    upper = _upper_counts(values())
-    if not upper:
+    upper = _total(walk(lambda blocks: _counted(_upper_halves(columns(b)) for b in blocks)))
+    if not upper or not upper[0].any():
         return []
-    total = int(upper[0].sum())
-    wanted = [min(max(rank, 1), total) for rank in ranks(total)]
+    count = int(upper[0].sum())
+    wanted = [min(max(rank, 1), count) for rank in ranks(count)]
     places = [[_locate(counts, rank) for counts in upper] for rank in wanted]
-    lower = [[np.zeros(_BINS, np.int64) for _ in upper] for _ in wanted]
-    for step in values():
-        for column, tensor in enumerate(step):
-            keys = _keys(tensor)
-            halves = keys >> 16
-            for chosen in {rank_places[column][0] for rank_places in places}:
-                inside = keys[halves == chosen - _BINS // 2] & (_BINS - 1)
-                counted = np.bincount(inside, minlength=_BINS)
-                for rank_places, rank_counts in zip(places, lower, strict=True):
-                    if rank_places[column][0] == chosen:
-                        rank_counts[column] += counted
+    # each column's bins, of all ranks, one after the other
+    bins = [tuple(place for place, _ in column) for column in zip(*places, strict=True)]
+    lower = _total(walk(lambda blocks: _counted(_lower_halves(columns(b), bins) for b in blocks)))
+    counts = iter(lower)
+    by_column = [[next(counts) for _ in wanted] for _ in upper]
     return [
         tuple(
-            _value(place[0], _locate(counts, place[1])[0])
-            for place, counts in zip(rank_places, rank_counts, strict=True)
+            _value(place, _locate(by_column[column][number], rank)[0])
+            for column, (place, rank) in enumerate(rank_places)
         )
-        for rank_places, rank_counts in zip(places, lower, strict=True)
+        for number, rank_places in enumerate(places)
     ]
 
 
-def _upper_counts(steps: Iterable[Sequence[Tensor]]) -> list[npt.NDArray[np.int64]]:
-    """Histograms of the upper 16 bits, one a column."""
-    upper: list[npt.NDArray[np.int64]] = []
-    for step in steps:
-        upper = upper or [np.zeros(_BINS, np.int64) for _ in step]
-        for counts, tensor in zip(upper, step, strict=True):
-            halves = torch.from_numpy(_keys(tensor)) >> 16
-            counts += torch.bincount(halves.add_(_BINS // 2), minlength=_BINS).numpy()
-    return upper if upper and upper[0].any() else []
+def _counted(steps: Iterable[list[_Halves]]) -> list[_Counts]:
+    """Histograms, one a column, of the halves in all steps of a run."""
+    columns = zip(*steps, strict=True)
+    # counted in one go, because a histogram costs as much as many values
+    return [np.bincount(np.concatenate(column), minlength=_BINS) for column in columns]
+
+
+def _total(runs: Iterable[list[_Counts]]) -> list[_Counts]:
+    """Adds up histograms; integers, so the order does not matter."""
+    total: list[_Counts] = []
+    for found in runs:
+        if not total:
+            total = found
+        elif found:
+            for counts, more in zip(total, found, strict=True):
+                counts += more
+    return total
+
+
+def _upper_halves(values: Sequence[Tensor]) -> list[_Halves]:
+    """The upper 16 bits of each value's key, from 0."""
+    return [((_keys(tensor) >> 16) + _BINS // 2).astype(np.uint16) for tensor in values]
+
+
+def _lower_halves(values: Sequence[Tensor], bins: Sequence[tuple[int, ...]]) -> list[_Halves]:
+    """The lower 16 bits of the keys that lie in each column's bins, bin after bin."""
+    found = []
+    for tensor, chosen in zip(values, bins, strict=True):
+        keys = _keys(tensor)
+        for place in chosen:
+            above = (keys - np.int32((place - _BINS // 2) << 16)).view(np.uint32)
+            found.append(above[above < _BINS].astype(np.uint16))
+    return found
 
 
 def _keys(values: Tensor) -> _Integers:
@@ -73,7 +98,7 @@ def _keys(values: Tensor) -> _Integers:
     return bits
 
 
-def _locate(counts: npt.NDArray[np.int64], rank: int) -> tuple[int, int]:
+def _locate(counts: _Counts, rank: int) -> tuple[int, int]:
     """The bin that holds the rank-th largest, and the rank within that bin."""
     above = np.cumsum(counts[::-1])
     place = int(np.searchsorted(above, rank))

@@ -63,9 +63,9 @@ def merge_checkpoints(request: MergeRequest) -> MergeReport:
     files). For rules with one model an expert the weights are the shared ones, base + tau, and
     `masks/expert-<i>.safetensors` holds each expert's mask (see `masks.decoupled_weight`).
 
-    Memory: three read-ahead buffers of 24 MB in all, some pieces that wait to be written, and
-    intermediate results of `BLOCK` elements; none grows with the largest tensor, and only the
-    last with the number of experts.
+    Memory: four read-ahead buffers of 10 MB each, some pieces that wait to be written, and in
+    each thread intermediate results of `BLOCK` elements; none grows with the largest tensor, and
+    only the last with the number of experts.
 
     Raises:
         UnknownRule: lists what is wrong with rule and parameters.

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from graftline.merging.core import (
-    Blocks,
+    Block,
     Context,
     Merged,
     Rule,
     ScopedParameters,
     Statistics,
+    Walk,
     gathered,
     ordered,
     statistics_of,
@@ -34,15 +35,17 @@ class TiesParameters(ScopedParameters):
     scale: float = Field(1.0, gt=0.0, le=10.0, description="the paper's lambda, 0.8 to 2.5")
 
 
-def thresholds(blocks: Blocks, parameters: TiesParameters) -> Statistics:
+def magnitudes(block: Block) -> list[Tensor]:
+    """|tau_i| of each expert, float32, in the block's shape."""
+    return [tau.abs_() for tau in task_vectors(block.base, block.experts)]
+
+
+def thresholds(walk: Walk, parameters: TiesParameters) -> Statistics:
     """The magnitude of the k-th largest element of each task vector, k = density * elements.
 
     The reference code keeps one element more (it cuts at the k+1-th); both keep all equals.
     """
-    found = order_statistics(
-        lambda: ([tau.abs() for tau in task_vectors(b.base, b.experts)] for b in blocks()),
-        lambda count: [round(parameters.density * count)],
-    )
+    found = order_statistics(walk, magnitudes, lambda count: [round(parameters.density * count)])
     return {THRESHOLD: found[0] if found else ()}
 
 

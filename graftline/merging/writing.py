@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
-_WAITING = 4  # pieces that wait to be written
+_WAITING = 16  # pieces that wait to be written
 _SYNC_BYTES = 64 << 20  # forced to the disk so often that the last sync is short
 
 

@@ -14,10 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftline.merging.core import Block, Context, decoupled
+from graftline.merging.core import Block, Context, decoupled, walk_over
 from graftline.merging.dare_ties import drop_mask
 from graftline.merging.rules import rule_named
-from graftline.merging.selection import order_statistics
 from tests.graftline.merging.models import (
     DTYPES,
     TAME,
@@ -27,25 +26,6 @@ from tests.graftline.merging.models import (
     random_models,
     taus_of,
 )
-
-
-@given(
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40),
-    st.integers(1, 40),
-    st.integers(1, 7),
-)
-def test_order_statistics_are_exact(values, rank, step):
-    tensor = torch.tensor(values)
-    found = order_statistics(
-        lambda: (
-            [tensor[i : i + step], -tensor[i : i + step]] for i in range(0, len(values), step)
-        ),
-        lambda count: [rank, count],
-    )
-    rank = min(rank, len(values))
-    assert found[0] == (sorted(values)[-rank], sorted(-v for v in values)[-rank])
-    assert found[1] == (min(values), -max(values))
-
 
 # --- ties, dare, mmer, emr, consensus, pcb -------------------------------------------------
 
@@ -104,7 +84,7 @@ def test_global_thresholds_reach_over_tensors():
     rule, parameters = rule_named("ties"), parameters_of("ties", 1, density=0.5, scope="global")
     small, large = torch.arange(1.0, 5.0) / 100, torch.arange(1.0, 5.0)
     blocks = [Block(torch.zeros(4), (tau,), 4) for tau in (small, large)]
-    found = rule.statistics(lambda: blocks, parameters)
+    found = rule.statistics(walk_over(blocks), parameters)
     assert found == {"threshold": (1.0,)}
     merged = [
         rule.merge(b.base, b.experts, parameters, Context(statistics=found)).tau for b in blocks
@@ -214,7 +194,7 @@ def test_emrs_global_rescalers_weigh_each_tensor_alike():
     rule, parameters = rule_named("emr"), parameters_of("emr", 2, scope="global")
     one = Block(torch.zeros(1), (torch.tensor([1.0]), torch.tensor([3.0])), 1)
     two = Block(torch.zeros(2), (torch.tensor([2.0, 2.0]), torch.tensor([-1.0, 1.0])), 2)
-    found = rule.statistics(lambda: [one, two], parameters)
+    found = rule.statistics(walk_over([one, two]), parameters)
     # elected: 3 | 2 (signs: mean 0.5, 1.5), 2; expert 0 keeps all, expert 1 the first and last
     assert found["scale"] == pytest.approx(((1 + 2) / (3 + 2), (3 + 1) / (3 + 1)))
 

@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftline.merging.core import Block, Context, added, decoupled, rounded_once
+from graftline.merging import core
+from graftline.merging.core import (
+    Block,
+    Context,
+    added,
+    decoupled,
+    ordered_sum,
+    rounded_once,
+    walk_over,
+)
 from graftline.merging.rules import RULES, UnknownRule, parameters_for, rule_named
 from tests.graftline.merging.models import (
     ANY,
@@ -37,6 +46,35 @@ def test_where_torch_rounds_twice():
     value = torch.tensor([half + 2**-40], dtype=torch.float64)
     assert value.to(torch.bfloat16).item() == 1.0
     assert rounded_once(value, torch.bfloat16).item() == 1 + 2**-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    rows=st.lists(st.tuples(*[st.tuples(st.integers(-255, 255), st.integers(-40, 40))] * 3)),
+    tiny=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_sums_forget_the_order_near_the_limits_of_float64(dtype, rows, tiny):
+    """Exponents that lie 53 bits apart, where some orders round and others do not."""
+    numbers = [[float(n) * 2.0**e for n, e in row] for row in rows] + [[2.0**-12] * 3] * tiny
+    terms = [column.contiguous() for column in torch.tensor(numbers).view(-1, 3).T.to(dtype)]
+    terms = [torch.where(term.isfinite(), term, 1.0) for term in terms]
+    first = ordered_sum(terms)
+    for order in itertools.permutations(terms):
+        assert ordered_sum(order).numpy().tobytes() == first.numpy().tobytes()
+    for got, column in zip(first.tolist(), torch.stack(terms).double().T.tolist(), strict=True):
+        assert got == pytest.approx(
+            math.fsum(column), rel=1e-15, abs=2.0**-50 * max(map(abs, column))
+        )
+
+
+def test_what_float64_holds_is_not_sorted():
+    one, edge, beyond = torch.tensor([1.0]), torch.tensor([2.0**-43]), torch.tensor([2.0**-44])
+    for smallest, exact in ((edge, True), (beyond, False)):
+        terms = [term.bfloat16() for term in (one, -one, one, smallest)]
+        assert core._sum_exactly(terms) == exact
+    assert core._sum_exactly([torch.zeros(3), torch.zeros(3), -torch.zeros(3)])
+    assert core._sum_exactly([torch.full((2,), 2.0**-149)] * 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,8 +116,8 @@ def test_any_cutting_gives_the_same_bytes(name):
         Block(base[a:b], tuple(e[a:b] for e in experts), 1000)
         for a, b in itertools.pairwise([0, 1, 13, 64, 500, 1000])
     ]
-    whole = rule.statistics(lambda: [Block(base, tuple(experts), 1000)], parameters)
-    found = rule.statistics(lambda: blocks, parameters)
+    whole = rule.statistics(walk_over([Block(base, tuple(experts), 1000)]), parameters)
+    found = rule.statistics(lambda work: map(work, [blocks[:2], blocks[2:]]), parameters)
     if name == "emr":  # sums of float64, each block's rounded
         assert found["scale"] == pytest.approx(whole["scale"], rel=1e-12)
     else:

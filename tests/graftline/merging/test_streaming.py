@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from graftline.merging import building, reading
 from graftline.merging.compatibility import CannotMergeCheckpoints
-from graftline.merging.core import Block, Context, added, decoupled
+from graftline.merging.core import Block, Context, added, decoupled, walk_over
 from graftline.merging.masks import decoupled_weight, load_masks
 from graftline.merging.rules import RULES, parameters_for
 from graftline.merging.streaming import MergeRequest, merge_checkpoints
@@ -45,7 +46,7 @@ def test_streaming_gives_what_the_rule_gives_in_memory(models, tmp_path, name, s
     parameters = parameters_for(rule, chosen, 2)
     start, tuned = tensors_of(base), [tensors_of(expert) for expert in experts]
     blocks = [Block(t, tuple(e[n] for e in tuned), t.numel()) for n, t in start.items()]
-    found = rule.statistics(lambda: blocks, parameters) if scope == "global" else None
+    found = rule.statistics(walk_over(blocks), parameters) if scope == "global" else None
     got = tensors_of(tmp_path / "out")
     assert got.keys() == start.keys()
     masks = [load_masks(p) for p in sorted((tmp_path / "out" / "masks").glob("*"))]
@@ -99,6 +100,31 @@ def test_neither_shards_nor_threads_nor_order_change_a_byte(models, tmp_path, na
     finally:
         torch.set_num_threads(before)
     assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.parametrize("name", ["average", "ties", "dare-ties", "mmer"])
+def test_small_buffers_and_many_threads_change_no_byte(tmp_path, monkeypatch, name):
+    """Hundreds of segments, each in runs, so that buffers are used again while threads compute."""
+    start = maker.weights(0)
+    tower = {"tower.ids": torch.arange(5000)}
+    base = maker.write(tmp_path / "base", {**start, **tower})
+    experts = tuple(
+        maker.write(tmp_path / f"e{n}", maker.weights(n, base=start)) for n in (1, 2, 3)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        merge_checkpoints(MergeRequest(name, base, experts, tmp_path / "whole"))
+        for module in (building, reading):
+            monkeypatch.setattr(module, "BLOCK", 64)
+        monkeypatch.setattr(reading, "RUN", 128)
+        monkeypatch.setattr(reading, "_BUFFER_BYTES", 4096)
+        merge_checkpoints(MergeRequest(name, base, experts, tmp_path / "cut"))
+    finally:
+        torch.set_num_threads(before)
+    whole, cut = files_of(tmp_path / "whole"), files_of(tmp_path / "cut")
+    assert whole == cut
+    assert torch.equal(tensors_of(tmp_path / "cut")["tower.ids"], tower["tower.ids"])
 
 
 def test_result_is_a_sharded_checkpoint_with_card_and_companions(models, tmp_path):
