@@ -146,6 +146,26 @@ def test_a_search_looks_at_validation_rows_alone(copy):
         assert manifest["parameters"].get("split", "validation") == "validation"
 
 
+def test_a_rival_s_rates_are_judged_by_what_was_just_learned(copy):
+    before = set(copy.artifacts())
+    code, text = copy.run(
+        "search", "params/tiny.yaml", "--rule", "ewc", "--rates",
+        "--set", "order=[image, audio]", "--set", "fine_tune.steps=1", seconds=400,
+    )  # fmt: skip
+    assert code == 0, text
+    record = json.loads((copy.folder / "reports/tiny/search/ewc-rates-seed-0.json").read_text())
+    assert record["judged_by"] == "when learned"
+    assert record["budget"] == 6
+    last = copy.folder / "reports/tiny-search/ewc/seed-0/metrics.json"
+    metrics = json.loads(last.read_text())
+    assert record["trials"][-1]["scores"] == metrics["scores_when_learned"]
+    assert metrics["undefined"]["retention"] == "no expert was scored"
+    kinds = [name.split("/")[1] for name in set(copy.artifacts()) - before]
+    assert (
+        kinds.count("fine-tune") == kinds.count("guarded-fine-tune") == kinds.count("fisher") == 6
+    )
+
+
 def test_killed_run_goes_on(fresh, finished):
     process = fresh.start("run", "params/tiny.yaml")
     fresh.wait_for_artifacts(12, process)
