@@ -51,7 +51,7 @@ def search(
     data_md5 = ""
     for (each, candidate), folder in zip(wanted, run_recipes(path, runs, console), strict=True):
         metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
-        trials[each.name].append(_trial(each, candidate, metrics))
+        trials[each.name].append(trial_of(each, candidate, metrics))
         data_md5 = metrics["data_md5"]
     files = []
     for each in searches:
@@ -60,7 +60,8 @@ def search(
     return files
 
 
-def _trial(search: Search, candidate: Mapping[str, Any], metrics: Mapping[str, Any]) -> Trial:
+def trial_of(search: Search, candidate: Mapping[str, Any], metrics: Mapping[str, Any]) -> Trial:
+    """What a candidate's run says, by what the search is judged by."""
     scores = metrics["scores" if search.judged_by == "final" else "scores_when_learned"]
     return Trial(candidate, metrics["retention"], scores)
 

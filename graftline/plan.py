@@ -76,6 +76,7 @@ class Model:
         experts: modality -> the backbone that its tokens meet, where they are routed to experts.
         base: theta_0, where media are routed to masked weights.
         adapters: modality -> what its expert adds to theta_0, where experts are kept so.
+        text: what text meets where media are routed; as the recipe says if left out.
     """
 
     backbone: Reference
@@ -83,6 +84,7 @@ class Model:
     experts: Mapping[str, Reference] = field(default_factory=dict)
     base: Reference | None = None
     adapters: Mapping[str, Reference] = field(default_factory=dict)
+    text: Literal["modality"] | None = None
 
     def with_connector(self, modality: str, connector: Reference) -> Model:
         """This model with one connector added or replaced."""
@@ -312,7 +314,7 @@ class Planner:
         parents = {"backbone": model.backbone}
         if model.base is not None or model.experts or model.adapters:
             parameters["routing"] = source_digest("model/routing/*.py")
-            parameters["text"] = self.recipe.compose.text
+            parameters["text"] = model.text or self.recipe.compose.text
         if model.base is not None:
             parents["base"] = model.base
         parents |= {f"adapters.{name}": each for name, each in model.adapters.items()}

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from graftline.errors import GraftlineError
 
 Modality = Literal["image", "audio", "video", "point_cloud"]
-RivalName = Literal["replay", "ewc", "lwf", "der", "attention-only", "o-lora"]
+RivalName = Literal["replay", "ewc", "lwf", "der", "attention-only", "o-lora", "pathweave"]
 ContinualName = Literal[
     "mera", "merge-only", "realign-only", "finetune", "connector-only", "joint", "experts",
     RivalName,
@@ -183,6 +183,13 @@ class OrthogonalLoraSettings(LoraSettings):
     strength: float = Field(0.5, ge=0.0, description="lambda_1: weight of the orthogonality")
 
 
+class PathSettings(LoraSettings):
+    """PathWeave: the LoRA that a modality's path adds."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(32.0, gt=0.0)
+
+
 class RivalSettings(Part):
     """Own settings of the methods that fine-tune against forgetting."""
 
@@ -190,6 +197,7 @@ class RivalSettings(Part):
     lwf: LwfSettings = LwfSettings()
     der: DerSettings = DerSettings()
     o_lora: OrthogonalLoraSettings = OrthogonalLoraSettings()
+    pathweave: PathSettings = PathSettings()
 
 
 class EvaluationSettings(Part):

@@ -54,6 +54,7 @@ def method_named(name: str) -> Method:
     from graftline.methods.ewc import ewc
     from graftline.methods.lwf import lwf
     from graftline.methods.o_lora import o_lora
+    from graftline.methods.pathweave import pathweave
     from graftline.methods.replay import replay
 
     methods: dict[str, Method] = {
@@ -72,5 +73,6 @@ def method_named(name: str) -> Method:
         "der": der,
         "attention-only": attention_only,
         "o-lora": o_lora,
+        "pathweave": pathweave,
     }
     return methods[name]

@@ -146,24 +146,25 @@ def test_a_search_looks_at_validation_rows_alone(copy):
         assert manifest["parameters"].get("split", "validation") == "validation"
 
 
-def test_a_rival_s_rates_are_judged_by_what_was_just_learned(copy):
+def test_a_rival_runs_on_the_stages_of_others(copy):
     before = set(copy.artifacts())
-    code, text = copy.run(
-        "search", "params/tiny.yaml", "--rule", "ewc", "--rates",
-        "--set", "order=[image, audio]", "--set", "fine_tune.steps=1", seconds=400,
-    )  # fmt: skip
+    rival = ["run", "params/tiny.yaml", "--method", "ewc", "--set", "order=[image, audio]"]
+    code, text = copy.run(*rival, "--set", "name=tiny-rival")
     assert code == 0, text
-    record = json.loads((copy.folder / "reports/tiny/search/ewc-rates-seed-0.json").read_text())
-    assert record["judged_by"] == "when learned"
-    assert record["budget"] == 6
-    last = copy.folder / "reports/tiny-search/ewc/seed-0/metrics.json"
-    metrics = json.loads(last.read_text())
-    assert record["trials"][-1]["scores"] == metrics["scores_when_learned"]
-    assert metrics["undefined"]["retention"] == "no expert was scored"
     kinds = [name.split("/")[1] for name in set(copy.artifacts()) - before]
-    assert (
-        kinds.count("fine-tune") == kinds.count("guarded-fine-tune") == kinds.count("fisher") == 6
-    )
+    assert sorted(kinds) == [
+        *3 * ["evaluate"], "evaluate-joint", "fisher", "guarded-fine-tune", "perplexity"
+    ]  # fmt: skip
+    losses = copy.mlflow("select count(*) from metrics where key = 'loss.guarded-fine-tune.audio'")
+    assert losses[0][0] == 6
+    metrics = json.loads((copy.folder / "reports/tiny-rival/ewc/seed-0/metrics.json").read_text())
+    assert set(metrics["scores_vanilla"]) == set(metrics["scores_expert"]) == {"image", "audio"}
+    code, text = copy.run(*rival, "--set", "name=tiny-s", "--set", "evaluation.references=false")
+    assert code == 0, text
+    alone = json.loads((copy.folder / "reports/tiny-s/ewc/seed-0/metrics.json").read_text())
+    assert alone["scores"] == metrics["scores"]
+    assert alone["undefined"]["retention"] == "no expert was scored"
+    assert alone["undefined"]["frg_mean"] == "no vanilla model was scored"
 
 
 def test_killed_run_goes_on(fresh, finished):

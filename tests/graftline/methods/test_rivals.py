@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from graftline.execution import execute
@@ -21,6 +22,8 @@ ORDER = ("image", "audio", "video", "point_cloud")
 FILES = {name: {split: f"{name}-{split}" for split in SPLITS} for name in ORDER}
 BY_ITSELF = ("attention-only", "o-lora")
 """Whose first stage is not naive fine-tuning."""
+CHAINED = [name for name in RIVALS if name != "pathweave"]
+"""Whose stages end with the model that the next one starts from."""
 
 
 def plan(method: str, **changes: object) -> RunPlan:
@@ -33,7 +36,7 @@ def guarded(run: RunPlan) -> list[Step]:
     return [step for step in steps if step.kind == "guarded-fine-tune"]
 
 
-@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize("method", CHAINED)
 def test_each_stage_starts_from_the_one_before_and_naive_fine_tuning_stands_beside(method) -> None:
     run = plan(method)
     assert len(guarded(run)) == (4 if method in BY_ITSELF else 3)
@@ -104,6 +107,24 @@ def test_o_lora_keeps_clear_of_every_earlier_stage() -> None:
         assert step.parameters["mode"] == "lora"
 
 
+def test_pathweave_lets_each_modality_keep_its_path() -> None:
+    run = plan("pathweave", **{"rivals.pathweave.rank": 3})
+    last = run.stages[-1].final
+    before = run.steps[last.backbone]
+    assert before.kind == "backbone"
+    for index, modality in enumerate(ORDER, start=1):
+        path = run.steps[last.adapters[modality]]
+        assert path.parameters["rank"] == 3 * index  # its own LoRA and those before it
+        learned = run.steps[path.parents["expert"]]
+        assert learned.parents["backbone"] == before.reference
+        assert learned.parameters["lora"] == {"rank": 3, "alpha": 32.0}
+        before = learned
+        assert run.stages[index - 1].final.adapters[modality] == path.reference
+    for score in run.scores:
+        if score.point == "final":
+            assert run.steps[score.reference].parameters["text"] == "modality"
+
+
 def test_a_search_goes_without_references() -> None:
     run = plan("ewc", **{"evaluation.references": False})
     assert {score.point for score in run.scores} == {"final"}
@@ -153,15 +174,18 @@ def _two_modalities(method: str) -> RunPlan:
 
 
 def test_every_rival_runs_to_its_end(store: Store, tmp_path: Path) -> None:
-    made = {}
+    made, asked = {}, []
     for method in RIVALS:
         run = _two_modalities(method)
         for step in run.steps.values():
             if not step.kind.startswith(("evaluate", "perplexity")):
                 execute(step, store, Machine(tmp_path))
-        [score] = [s for s in run.scores if (s.stage, s.modality) == (2, "image")]
-        execute(run.steps[score.reference], store, Machine(tmp_path))
-        folder = store.folder("guarded-fine-tune", run.stages[1].final.backbone.fingerprint)
+        later = [s.reference for s in run.scores if s.modality == "image"]  # after both stages
+        for reference in later if method == "pathweave" else later[1:]:
+            artifact = execute(run.steps[reference], store, Machine(tmp_path))
+            asked.append(pq.read_table(artifact.folder / "answers.parquet"))
+        [tuned] = [r for r, s in run.steps.items() if (s.kind, s.stage) == ("guarded-fine-tune", 2)]
+        folder = store.folder(tuned.kind, tuned.fingerprint)
         assert len(json.loads((folder / "history.json").read_text())["losses"]) >= 2
         made[method] = {path.name for path in folder.iterdir()}
     plain = {"backbone", "connector-audio.json", "connector-audio.safetensors"}
@@ -169,4 +193,7 @@ def test_every_rival_runs_to_its_end(store: Store, tmp_path: Path) -> None:
     kept = {"history.json", "timing.json", "manifest.json"}
     assert made["ewc"] == made["lwf"] == made["attention-only"] == plain | kept
     assert made["replay"] == made["der"] == plain | kept | old
+    assert made["pathweave"] == plain | kept
+    assert len(asked) == len(RIVALS) + 1
+    assert asked[-2].equals(asked[-1])  # nothing that pathweave learned can change
     assert made["o-lora"] == plain | kept | {"subspace.safetensors", "subspace.json"}
