@@ -59,8 +59,9 @@ def train(tiny_folder: Path, features_folder: Path, connectors, tmp_path: Path):
             out=out,
             label=name,
         )
+        aligned = {each: connectors[each] for each in modalities}
         guarded_fine_tune(
-            call, SETTINGS.model_copy(update=settings), {each: connectors[each] for each in modalities}, guard,
+            call, SETTINGS.model_copy(update=settings), aligned, guard,
             mode=mode, lora=LoraSettings(rank=2, alpha=8), connector_learning_rate=1e-3,
             train_embeddings=False, result_fingerprint="tuned",
         )  # fmt: skip
