@@ -153,7 +153,7 @@ class EwcSettings(Part):
     """Elastic weight consolidation."""
 
     strength: float = Field(
-        0.1, ge=0.0, description="lambda; a stage's Fisher is scaled to a mean of 1 first"
+        0.01, ge=0.0, description="lambda; a stage's Fisher is scaled to a mean of 1 first"
     )
     decay: float = Field(
         0.95, ge=0.0, le=1.0, description="gamma: what a stage keeps of the earlier ones' Fisher"

@@ -52,7 +52,7 @@ def _each(key: str, *values: float) -> tuple[Mapping[str, Any], ...]:
 
 SETTINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
     {
-        "ewc": _each("rivals.ewc.strength", 1e-3, 1e-2, 1.0, 10.0, 100.0),
+        "ewc": _each("rivals.ewc.strength", 1e-4, 1e-3, 0.1, 1.0, 10.0),
         "lwf": _each("rivals.lwf.strength", 0.1, 0.3, 3.0, 10.0, 30.0),
         "der": (
             {}, {"rivals.der.alpha": 0.5}, {"rivals.der.alpha": 1.0}, {"rivals.der.beta": 1.0},

@@ -131,10 +131,9 @@ class ElasticPenalty:
                 f"The Fisher information does not fit the backbone at {wrong[0]} ({len(wrong)} "
                 "such); it is of another model."
             )
-        self.strength = strength
         self.parameters = list(parameters.values())
         self.anchors = [parameter.detach().clone() for parameter in self.parameters]
-        self.fisher = [fisher[name].to(p.device) for name, p in parameters.items()]
+        self.weights = [fisher[name].to(p.device) * strength for name, p in parameters.items()]
 
     def __call__(self) -> Tensor:
         """The penalty, float32 scalar."""
@@ -149,15 +148,15 @@ class _Elastic(torch.autograd.Function):
     def forward(ctx: Any, penalty: ElasticPenalty, *parameters: Tensor) -> Tensor:
         value = torch.zeros((), dtype=torch.float32, device=parameters[0].device)
         ctx.gradients = []
-        for parameter, anchor, fisher in zip(
-            parameters, penalty.anchors, penalty.fisher, strict=True
+        for parameter, anchor, weights in zip(
+            parameters, penalty.anchors, penalty.weights, strict=True
         ):
             gradient = torch.empty_like(parameter)
-            flats = [each.view(-1) for each in (parameter, anchor, fisher, gradient)]
+            flats = [each.view(-1) for each in (parameter, anchor, weights, gradient)]
             for start in range(0, parameter.numel(), PIECE):
                 now, before, weight, target = (flat[start : start + PIECE] for flat in flats)
-                drift = now.float() - before.float()
-                pull = weight * drift * penalty.strength
+                drift = now.to(torch.float32, copy=True).sub_(before)
+                pull = weight * drift
                 value += torch.dot(pull, drift)
                 target.copy_(pull)
             ctx.gradients.append(gradient)
