@@ -121,12 +121,24 @@ def table(
 def search(
     recipe: RecipePath,
     rule: Annotated[
-        list[str] | None, typer.Option(help="A merge rule; all that have parameters if left out.")
+        list[str] | None,
+        typer.Option(
+            help="A merge rule, finetune, or a method against forgetting; all merge rules that "
+            "have parameters if left out."
+        ),
     ] = None,
+    rates: Annotated[
+        bool,
+        typer.Option(
+            "--rates",
+            help="Search the learning rate and the steps of fine-tuning, by what the newest "
+            "modality scores.",
+        ),
+    ] = False,
     seed: Seed = None,
     settings: Settings = None,
 ) -> None:
-    """Choose merge rules' parameters on validation rows, with the same small budget for each."""
+    """Choose methods' parameters on validation rows, with the same small budget for each."""
     prepare()
     overrides = overrides_of(None, seed, settings)
     checked(recipe, overrides)
@@ -135,7 +147,7 @@ def search(
     from graftline.methods.search import CANDIDATES
 
     rules = rule or list(CANDIDATES)
-    for file in search_rules(str(recipe), rules, overrides, console):
+    for file in search_rules(str(recipe), rules, overrides, console, rates=rates):
         out.print(f"{describe(file)}\n   {file}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -21,7 +21,15 @@ from tasks.records import recorded_run
 from tasks.references import DataVersion, Place
 from tasks.report import record_stage, register_model, write_run_report
 from tasks.stale import close_dead_runs, close_own_run
-from tasks.steps import TASKS, WEIGHTS, by_stage, note_reused, scores_of_stage, unfinished
+from tasks.steps import (
+    FINE_TUNING,
+    TASKS,
+    WEIGHTS,
+    by_stage,
+    note_reused,
+    scores_of_stage,
+    unfinished,
+)
 from tasks.tracking import tag_run, tracked_run
 
 
@@ -89,7 +97,8 @@ def carry_out_stages(plan: RunPlan, place: Place, data: DataVersion) -> str | No
             arguments = {"step": step, "place": place}
             parents = tuple(p for p in step.parents.values() if p not in reused)
             weight = WEIGHTS.get(step.kind, 1.0)
-            jobs.append(Job(step.reference, TASKS[step.kind], arguments, parents, weight))
+            shared = "fine-tune" if step.kind in FINE_TUNING else None
+            jobs.append(Job(step.reference, TASKS[step.kind], arguments, parents, weight, shared))
         scores = (score.reference for score in scores_of_stage(plan, stage))
         measured = [reference for reference in scores if reference not in reused]
         arguments = {"plan": plan, "stage": stage, "place": place, "data": data}

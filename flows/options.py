@@ -18,9 +18,10 @@ RecipePath = Annotated[Path, typer.Argument(help="The recipe, e.g. params/starte
 Method = Annotated[
     str | None,
     typer.Option(
-        help="mera, merge-only, realign-only, finetune, connector-only, joint, experts; or a "
-        "rule that combines the experts: average, task-arithmetic, ties, dare-ties, consensus, "
-        "pcb, emr, mmer, route."
+        help="mera, merge-only, realign-only, finetune, connector-only, joint, experts; against "
+        "forgetting: replay, ewc, lwf, der, attention-only, o-lora, pathweave; or a rule that "
+        "combines the experts: average, task-arithmetic, ties, dare-ties, consensus, pcb, emr, "
+        "mmer, route."
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of all random choices.")]

@@ -1,4 +1,4 @@
-"""Choosing a merge rule's parameters on validation rows; test rows are never looked at."""
+"""Choosing a method's parameters on validation rows; test rows are never looked at."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.running import run_recipes
-from graftline.methods.search import Trial, best_of, candidates, write_trials
+from graftline.methods.search import Search, Trial, best_of, search_of, write_trials
 from graftline.recipe import load_recipe
 from tasks.outputs import search_file
 
@@ -17,57 +17,74 @@ if TYPE_CHECKING:
 
 
 def search(
-    path: str, rules: Sequence[str], overrides: Mapping[str, Any], console: Console
+    path: str,
+    methods: Sequence[str],
+    overrides: Mapping[str, Any],
+    console: Console,
+    *,
+    rates: bool,
 ) -> list[Path]:
-    """Runs every candidate of some rules on the validation split and records which was best.
+    """Runs every candidate of some methods on the validation split and records which was best.
 
     What was computed before is reused, so a search that was stopped goes on.
 
     Args:
         path: the recipe's file.
-        rules: merge rules.
+        methods: merge rules, rivals, or `finetune`.
         overrides: dotted key -> value, for all runs.
         console: for progress bars.
+        rates: search the fine-tuning's learning rate and length.
 
     Returns:
-        The records: `reports/<recipe>/search/<rule>-seed-<s>.json`.
+        The records: `reports/<recipe>/search/<method>-seed-<s>.json`; of rates
+        `<method>-rates-seed-<s>.json`.
 
     Raises:
-        GraftlineError: a rule has nothing to search, or a run cannot be done.
+        GraftlineError: a method has nothing to search, or a run cannot be done.
     """
     recipe = load_recipe(path, overrides)
-    wanted = [(rule, dict(each)) for rule in rules for each in candidates(rule)]
-    runs = [
-        {
-            **overrides,
-            "name": f"{recipe.name}-search",
-            "method": rule,
-            "evaluation.split": "validation",
-            f"compose.parameters.{rule}": parameters,
-        }
-        for rule, parameters in wanted
-    ]
-    trials: dict[str, list[Trial]] = {rule: [] for rule in rules}
+    searches = [search_of(method, recipe, rates=rates) for method in methods]
+    wanted = [(each, candidate) for each in searches for candidate in each.candidates]
+    name = f"{recipe.name}-search"
+    runs = [{**overrides, "name": name, **each.overrides(candidate)} for each, candidate in wanted]
+    trials: dict[str, list[Trial]] = {each.name: [] for each in searches}
     data_md5 = ""
-    for (rule, parameters), folder in zip(wanted, run_recipes(path, runs, console), strict=True):
+    for (each, candidate), folder in zip(wanted, run_recipes(path, runs, console), strict=True):
         metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
-        trials[rule].append(Trial(parameters, metrics["retention"], metrics["scores"]))
+        trials[each.name].append(trial_of(each, candidate, metrics))
         data_md5 = metrics["data_md5"]
     files = []
-    for rule, found in trials.items():
-        files.append(search_file(recipe, rule))
-        write_trials(files[-1], rule, found, recipe.seed, data_md5)
+    for each in searches:
+        files.append(search_file(recipe, each.name))
+        write_trials(files[-1], each, trials[each.name], recipe.seed, data_md5)
     return files
+
+
+def trial_of(search: Search, candidate: Mapping[str, Any], metrics: Mapping[str, Any]) -> Trial:
+    """What a candidate's run says, by what the search is judged by."""
+    scores = metrics["scores" if search.judged_by == "final" else "scores_when_learned"]
+    return Trial(candidate, metrics["retention"], scores)
 
 
 def describe(file: Path) -> str:
     """What was tried and chosen, and how the recipe takes it over."""
     content = json.loads(file.read_text(encoding="utf-8"))
     trials = [Trial(**trial) for trial in content["trials"]]
-    lines = [f"{content['rule']}: mean score x 100 on validation rows, seed {content['seed']}"]
+    judged = "at the end" if content["judged_by"] == "final" else "of each modality when learned"
+    lines = [
+        f"{content['rule']}: mean score x 100 {judged}, validation rows, seed {content['seed']}"
+    ]
     for trial in trials:
         mark = "*" if trial == best_of(trials) else " "
         lines.append(f" {mark} {100 * trial.score:6.1f}  {json.dumps(trial.parameters)}")
-    chosen = json.dumps(content["chosen"])
-    lines.append(f"   in the recipe: compose: {{parameters: {{{content['rule']}: {chosen}}}}}")
+    lines.append(f"   in the recipe: {_as_recipe(content)}")
     return "\n".join(lines)
+
+
+def _as_recipe(content: Mapping[str, Any]) -> str:
+    chosen = content["chosen"]
+    if content["what"] == "parameters":
+        return f"compose: {{parameters: {{{content['rule']}: {json.dumps(chosen)}}}}}"
+    if not chosen:
+        return "what it says already"
+    return "  ".join(f"--set {key}={value}" for key, value in chosen.items())

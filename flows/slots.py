@@ -21,6 +21,7 @@ class Job:
         arguments: of the task.
         needs: names of jobs that must be finished before.
         weight: about how long it takes, beside other jobs.
+        shared: the name under which other tasks share its limit; its task's own if left out.
     """
 
     name: Hashable
@@ -28,6 +29,12 @@ class Job:
     arguments: Mapping[str, Any]
     needs: tuple[Hashable, ...]
     weight: float = 1.0
+    shared: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """What its limit goes by."""
+        return self.shared or self.task.name
 
 
 def carry_out(
@@ -39,8 +46,8 @@ def carry_out(
         jobs: needs before who needs them; with one slot they start in this order, with more the
             one with the longest chain behind it starts first.
         slots: how many run at once.
-        limits: task's name -> how many of that task run at once. A place is kept for the longest
-            chain while what that waits for is short: none of the same task.
+        limits: kind -> how many jobs of that kind run at once. A place is kept for the longest
+            chain while what that waits for is short: none of the same kind.
 
     Returns:
         name -> finished future.
@@ -82,25 +89,25 @@ def _ready(
     running: Collection[Job],
     limits: Mapping[str, int],
 ) -> Job | None:
-    busy = [job.task.name for job in running]
+    busy = [job.kind for job in running]
     unfinished = {job.name: job for job in (*waiting, *running)}
     kept: set[str] = set()
     for job in waiting:
-        limit = limits.get(job.task.name)
-        allowed = limit is None or (busy.count(job.task.name) < limit and job.task.name not in kept)
+        limit = limits.get(job.kind)
+        allowed = limit is None or (busy.count(job.kind) < limit and job.kind not in kept)
         if allowed and finished.keys() >= set(job.needs):
             return job
-        if limit is not None and job.task.name not in _kinds_before(job, unfinished):
-            kept.add(job.task.name)
+        if limit is not None and job.kind not in _kinds_before(job, unfinished):
+            kept.add(job.kind)
     return None
 
 
 def _kinds_before(job: Job, unfinished: Mapping[Hashable, Job]) -> set[str]:
-    """Names of the tasks that a job still waits for, directly or not."""
+    """Kinds of the jobs that a job still waits for, directly or not."""
     kinds: set[str] = set()
     needed = [unfinished[name] for name in job.needs if name in unfinished]
     while needed:
         other = needed.pop()
-        kinds.add(other.task.name)
+        kinds.add(other.kind)
         needed += [unfinished[name] for name in other.needs if name in unfinished]
     return kinds

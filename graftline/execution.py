@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,10 +20,10 @@ from graftline.evaluation.answering import answer_all, answer_batches
 from graftline.evaluation.joint import JointSet
 from graftline.evaluation.perplexity import text_perplexity
 from graftline.evaluation.scoring import score_rows
+from graftline.guarded_steps import fisher, guarded_fine_tune
 from graftline.merging.backbones import merge_backbones
 from graftline.merging.streaming import MergeRequest, merge_checkpoints
-from graftline.model.attention import attention_for
-from graftline.model.backbone import convert_gguf, load_backbone, make_tiny
+from graftline.model.backbone import convert_gguf, make_tiny
 from graftline.model.encoders import load_encoder
 from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
 from graftline.model.routing.adapters import write_adapters
@@ -33,69 +31,12 @@ from graftline.model.routing.composed import route_to_adapters, route_to_experts
 from graftline.model.routing.layers import routable_parameters
 from graftline.plan import Step
 from graftline.progress import track
-from graftline.recipe import LoraSettings, PhaseSettings
+from graftline.recipe import LoraSettings
 from graftline.store import Artifact, Store
 from graftline.training import phases
+from graftline.work import Machine, Work, call_of, load, phase_settings
 
 TIMING = "timing.json"
-CORES = torch.get_num_threads()
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a step runs: what its result must not depend on.
-
-    Attributes:
-        data_folder: the data.
-        device: as in a recipe.
-        slots: how many steps share the machine.
-    """
-
-    data_folder: Path
-    device: str = "auto"
-    slots: int = 1
-
-    @property
-    def threads(self) -> int:
-        """Threads that a step computes with."""
-        return max(1, CORES // self.slots)
-
-    @property
-    def torch_device(self) -> str:
-        """The device itself where the recipe says `auto`."""
-        if self.device != "auto":
-            return self.device
-        if torch.cuda.is_available():
-            return "cuda"
-        return "cpu"
-
-
-@dataclass(frozen=True)
-class Work:
-    """One step being carried out.
-
-    Attributes:
-        step: the step.
-        parents: role -> published artifact.
-        machine: where.
-        folder: for checkpoints; outlives a kill.
-        out: to be filled.
-    """
-
-    step: Step
-    parents: dict[str, Artifact]
-    machine: Machine
-    folder: Path
-    out: Path
-
-    def role(self, prefix: str) -> dict[str, Path]:
-        """Folders of the parents whose role is `prefix.<modality>`, by modality."""
-        return {
-            role.partition(".")[2]: artifact.folder
-            for role, artifact in self.parents.items()
-            if role.startswith(f"{prefix}.")
-        }
 
 
 def is_done(step: Step, store: Store) -> bool:
@@ -193,7 +134,7 @@ def _check_data(folder: Path, modality: str, expected: dict[str, str]) -> None:
 def _align(work: Work) -> None:
     parameters = work.step.parameters
     phases.align(
-        _call(work), _settings(parameters), parameters["modality"], parameters["connector"]
+        call_of(work), phase_settings(parameters), parameters["modality"], parameters["connector"]
     )
 
 
@@ -202,8 +143,8 @@ def _realign(work: Work) -> None:
     modality = parameters["modality"]
     connector = work.role("connector")[modality]
     phases.realign(
-        _call(work),
-        _settings(parameters),
+        call_of(work),
+        phase_settings(parameters),
         modality,
         connector,
         parameters["fraction"],
@@ -214,8 +155,8 @@ def _realign(work: Work) -> None:
 def _fine_tune(work: Work) -> None:
     parameters = work.step.parameters
     phases.fine_tune(
-        _call(work),
-        _settings(parameters),
+        call_of(work),
+        phase_settings(parameters),
         {name: work.role("connector")[name] for name in parameters["modalities"]},
         mode=parameters["mode"],
         lora=LoraSettings(**parameters.get("lora", {})),
@@ -253,7 +194,7 @@ def _compose(work: Work) -> None:
 
 
 def _adapters(work: Work) -> None:
-    base, _ = _load(work)
+    base, _ = load(work)
     expert = work.parents["expert"].folder / "backbone"
     count = len(routable_parameters(base))
     with track(work.step.title, count) as advance:
@@ -315,7 +256,7 @@ def _assembled(work: Work) -> LoadedModel:
     for modality, folder in work.role("connector").items():
         record = read_record(folder, modality)
         pairs.append((record, read_connector(folder, record)))
-    loaded = assemble(_load(work), pairs, work.step.parameters["system_prompt"])
+    loaded = assemble(load(work), pairs, work.step.parameters["system_prompt"])
     return _routed(work, loaded) if "routing" in work.step.parameters else loaded
 
 
@@ -335,7 +276,7 @@ def _routed(work: Work, loaded: LoadedModel) -> LoadedModel:
 
 
 def _perplexity(work: Work) -> None:
-    model, tokenizer = _load(work)
+    model, tokenizer = load(work)
     value = {"perplexity": text_perplexity(model, tokenizer)}
     (work.out / "perplexity.json").write_text(json.dumps(value), encoding="utf-8")
 
@@ -345,6 +286,8 @@ RUNNERS: dict[str, Callable[[Work], None]] = {
     "features": _features,
     "align": _align,
     "fine-tune": _fine_tune,
+    "guarded-fine-tune": guarded_fine_tune,
+    "fisher": fisher,
     "merge": _merge,
     "compose": _compose,
     "adapters": _adapters,
@@ -353,30 +296,3 @@ RUNNERS: dict[str, Callable[[Work], None]] = {
     "evaluate-joint": _evaluate_joint,
     "perplexity": _perplexity,
 }
-
-
-def _call(work: Work) -> phases.Call:
-    parameters = work.step.parameters
-    return phases.Call(
-        backbone=_load(work),
-        backbone_fingerprint=work.parents["backbone"].fingerprint,
-        features=work.role("features"),
-        system_prompt=parameters["system_prompt"],
-        seed=parameters["seed"],
-        work=work.folder,
-        out=work.out,
-        label=work.step.title,
-    )
-
-
-def _load(work: Work) -> tuple[Any, Any]:
-    parameters = work.step.parameters
-    attention, device = parameters["attention"], work.machine.torch_device
-    folder = work.parents["backbone"].folder / "backbone"
-    if attention == "auto":
-        attention = attention_for(folder, device)
-    return load_backbone(folder, DTYPES[parameters["precision"]], attention, device)
-
-
-def _settings(parameters: Any) -> PhaseSettings:
-    return PhaseSettings(**{k: v for k, v in parameters.items() if k in PhaseSettings.model_fields})

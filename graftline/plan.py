@@ -7,57 +7,15 @@ computing anything, and two methods that share a step share its artifact.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from hashlib import sha256
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from graftline.manifest import fingerprint_of
 from graftline.merging.rules import parameters_for, rule_named
 from graftline.model.encoders import encoder_identity
-from graftline.recipe import PhaseSettings, Recipe
-
-MODEL_CODE = (
-    "model/attention.py",
-    "model/backbone.py",
-    "model/connectors.py",
-    "model/loading.py",
-    "model/multimodal.py",
-    "model/prompts.py",
-    "data/examples.py",
-    "data/features.py",
-)
-TRAINING_CODE = (
-    *MODEL_CODE,
-    "training/loop.py",
-    "training/lora.py",
-    "training/optimizer.py",
-    "training/phases.py",
-)
-ANSWERING_CODE = (*MODEL_CODE, "evaluation/answering.py", "evaluation/scoring.py")
-CODE: dict[str, tuple[str, ...]] = {
-    "backbone": ("model/backbone.py",),
-    "features": (
-        "data/rows.py",
-        "data/features.py",
-        "model/encoders.py",
-        "model/efficientnet.py",
-        "model/whisper.py",
-        "model/point_sets.py",
-    ),
-    "align": TRAINING_CODE,
-    "fine-tune": TRAINING_CODE,
-    "realign": TRAINING_CODE,
-    "merge": ("merging/__init__.py", "merging/backbones.py", "merging/running_average.py"),
-    "compose": ("merging/*.py",),
-    "adapters": ("model/routing/adapters.py",),
-    "evaluate": ANSWERING_CODE,
-    "evaluate-joint": (*ANSWERING_CODE, "evaluation/joint.py"),
-    "perplexity": ("model/attention.py", "evaluation/perplexity.py"),
-}
+from graftline.recipe import LoraSettings, PhaseSettings, Recipe, RivalName
+from graftline.step_code import code_digest, source_digest
 
 
 @dataclass(frozen=True)
@@ -118,6 +76,7 @@ class Model:
         experts: modality -> the backbone that its tokens meet, where they are routed to experts.
         base: theta_0, where media are routed to masked weights.
         adapters: modality -> what its expert adds to theta_0, where experts are kept so.
+        text: what text meets where media are routed; as the recipe says if left out.
     """
 
     backbone: Reference
@@ -125,37 +84,32 @@ class Model:
     experts: Mapping[str, Reference] = field(default_factory=dict)
     base: Reference | None = None
     adapters: Mapping[str, Reference] = field(default_factory=dict)
+    text: Literal["modality"] | None = None
 
     def with_connector(self, modality: str, connector: Reference) -> Model:
         """This model with one connector added or replaced."""
         return replace(self, connectors={**self.connectors, modality: connector})
 
 
-def code_digest(kind: str) -> str:
-    """Digest of the source files that compute a kind of step."""
-    return source_digest(*CODE[kind])
+@dataclass(frozen=True)
+class Guard:
+    """What keeps a fine-tuning from forgetting.
 
+    Attributes:
+        name: the method.
+        settings: its own, plain data.
+        replayed: old modalities whose replay is seen again.
+        parents: role -> what it knows of earlier stages.
+        mode: which weights learn, where that is not the recipe's `fine_tune.mode`.
+        lora: of mode `lora`, where it is not the recipe's.
+    """
 
-@cache
-def source_digest(*patterns: str) -> str:
-    """Digest of source files of the library, blind to comments, docstrings and formatting."""
-    root = Path(__file__).parent
-    digest = sha256()
-    for pattern in patterns:
-        for path in sorted(root.glob(pattern)):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            digest.update(f"{path.relative_to(root).as_posix()}\n{_dump(tree)}\n".encode())
-    return digest.hexdigest()
-
-
-def _dump(tree: ast.Module) -> str:
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            first = body[0].value
-            if isinstance(first, ast.Constant) and isinstance(first.value, str):
-                node.body = body[1:]  # type: ignore[attr-defined]
-    return ast.dump(tree, include_attributes=False)
+    name: RivalName
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    replayed: tuple[str, ...] = ()
+    parents: Mapping[str, Reference] = field(default_factory=dict)
+    mode: Literal["attention", "lora"] | None = None
+    lora: LoraSettings | None = None
 
 
 class Planner:
@@ -217,6 +171,59 @@ class Planner:
         tuned = self._add("fine-tune", parameters, parents, label, stage)
         kept = model.backbone if parameters["mode"] == "connector" else tuned
         return Model(kept, {**model.connectors, **dict.fromkeys(modalities, tuned)})
+
+    def guarded_fine_tune(self, model: Model, modality: str, stage: int, guard: Guard) -> Model:
+        """Fine-tuning that a guard keeps from forgetting: what a rival does in place of step 2.
+
+        With replay it takes as many more steps as rows are replayed, so that of the new modality
+        as much is seen as in naive fine-tuning [ours].
+        """
+        settings = self.recipe.fine_tune
+        parameters = {
+            **self._training(settings),
+            "modalities": [modality, *guard.replayed],
+            "mode": guard.mode or settings.mode,
+            "lora": (guard.lora or settings.lora).model_dump(include={"rank", "alpha"}),
+            "guard": guard.name,
+            "settings": dict(guard.settings),
+        }
+        if parameters["mode"] != "lora":
+            del parameters["lora"]
+        if guard.replayed:
+            fraction = parameters["fraction"] = self.recipe.replay.fraction
+            if guard.name == "replay":
+                parameters["steps"] = round(settings.steps * (1 + fraction * len(guard.replayed)))
+        parents = {"backbone": model.backbone, **guard.parents}
+        for name in parameters["modalities"]:
+            parents[f"connector.{name}"] = model.connectors[name]
+            parents[f"features.{name}"] = self.features(name)
+        label = f"{modality}: fine-tune ({guard.name})"
+        tuned = self._add("guarded-fine-tune", parameters, parents, label, stage)
+        learned = dict.fromkeys(parameters["modalities"], tuned)
+        return Model(tuned, {**model.connectors, **learned})
+
+    def fisher(
+        self, model: Model, modality: str, stage: int, previous: Reference | None
+    ) -> Reference:
+        """How much each weight of a stage's model matters to it and, decayed, to those before."""
+        ewc = self.recipe.rivals.ewc
+        parameters = {
+            "modality": modality,
+            "rows": ewc.fisher_rows,
+            "decay": ewc.decay,
+            "batch_size": self.recipe.fine_tune.batch_size,
+            "train_embeddings": self.recipe.fine_tune.train_embeddings,
+            "seed": self.recipe.seed,
+            **self._numerics(),
+        }
+        parents = {
+            "backbone": model.backbone,
+            f"connector.{modality}": model.connectors[modality],
+            f"features.{modality}": self.features(modality),
+        }
+        if previous is not None:
+            parents["previous"] = previous
+        return self._add("fisher", parameters, parents, f"{modality}: Fisher information", stage)
 
     def merge(self, previous: Reference, vanilla: Reference, stage: int) -> Reference:
         """MERA step 3: theta_i from theta_{i-1} and theta_i^v.
@@ -307,7 +314,7 @@ class Planner:
         parents = {"backbone": model.backbone}
         if model.base is not None or model.experts or model.adapters:
             parameters["routing"] = source_digest("model/routing/*.py")
-            parameters["text"] = self.recipe.compose.text
+            parameters["text"] = model.text or self.recipe.compose.text
         if model.base is not None:
             parents["base"] = model.base
         parents |= {f"adapters.{name}": each for name, each in model.adapters.items()}

@@ -13,14 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from graftline.errors import GraftlineError
 
 Modality = Literal["image", "audio", "video", "point_cloud"]
+RivalName = Literal["replay", "ewc", "lwf", "der", "attention-only", "o-lora", "pathweave"]
 ContinualName = Literal[
-    "mera", "merge-only", "realign-only", "finetune", "connector-only", "joint", "experts"
-]
+    "mera", "merge-only", "realign-only", "finetune", "connector-only", "joint", "experts",
+    RivalName,
+]  # fmt: skip
 CompositionName = Literal[
     "average", "task-arithmetic", "ties", "dare-ties", "consensus", "pcb", "emr", "mmer", "route"
 ]
 MergeName = Literal["running-average", "average", "task-arithmetic", "ties", "dare-ties", "pcb"]
 MethodName = Literal[ContinualName, CompositionName]
+RIVALS: tuple[str, ...] = get_args(RivalName)
 COMPOSITIONS: tuple[str, ...] = get_args(CompositionName)
 Fraction = Field(gt=0.0, le=1.0)
 
@@ -146,10 +149,66 @@ class ComposeSettings(Part):
     )
 
 
+class EwcSettings(Part):
+    """Elastic weight consolidation."""
+
+    strength: float = Field(
+        0.01, ge=0.0, description="lambda; a stage's Fisher is scaled to a mean of 1 first"
+    )
+    decay: float = Field(
+        0.95, ge=0.0, le=1.0, description="gamma: what a stage keeps of the earlier ones' Fisher"
+    )
+    fisher_rows: int = Field(512, ge=1, description="training rows a stage's Fisher is read from")
+
+
+class LwfSettings(Part):
+    """Learning without forgetting."""
+
+    strength: float = Field(1.0, ge=0.0, description="weight of the distillation")
+    temperature: float = Field(2.0, gt=0.0, description="of both models' distributions")
+
+
+class DerSettings(Part):
+    """Dark experience replay."""
+
+    alpha: float = Field(0.1, ge=0.0, description="weight of the replayed rows' logits")
+    beta: float = Field(0.5, ge=0.0, description="weight of their answers (DER++); 0: plain DER")
+
+
+class OrthogonalLoraSettings(LoraSettings):
+    """O-LoRA: one LoRA a stage, orthogonal to those before it."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(32.0, gt=0.0)
+    strength: float = Field(0.5, ge=0.0, description="lambda_1: weight of the orthogonality")
+
+
+class PathSettings(LoraSettings):
+    """PathWeave: the LoRA that a modality's path adds."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(32.0, gt=0.0)
+
+
+class RivalSettings(Part):
+    """Own settings of the methods that fine-tune against forgetting."""
+
+    ewc: EwcSettings = EwcSettings()
+    lwf: LwfSettings = LwfSettings()
+    der: DerSettings = DerSettings()
+    o_lora: OrthogonalLoraSettings = OrthogonalLoraSettings()
+    pathweave: PathSettings = PathSettings()
+
+
 class EvaluationSettings(Part):
     """How the model is asked."""
 
     split: Literal["validation", "test"] = "test"
+    references: bool = Field(
+        True,
+        description="also train and ask what FRG and retention compare with: naive fine-tunings "
+        "and experts; a search on validation rows goes without",
+    )
     batch_size: int = Field(128, ge=1)
     max_new_tokens: int = Field(24, ge=1)
 
@@ -179,6 +238,7 @@ class Recipe(Part):
     replay: ReplaySettings
     merge: MergeSettings = MergeSettings()
     compose: ComposeSettings = ComposeSettings()
+    rivals: RivalSettings = RivalSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     execution: ExecutionSettings = ExecutionSettings()
     store: str = Field("artifacts", description="folder of the artifact store")
@@ -188,7 +248,7 @@ class Recipe(Part):
         return {str(key): value for key, value in self.modalities.items()}[name]
 
     @model_validator(mode="after")
-    def _order_names_modalities(self) -> Recipe:
+    def _parts_fit_together(self) -> Recipe:
         problems = []
         repeated = sorted({name for name in self.order if self.order.count(name) > 1})
         if repeated:
@@ -196,6 +256,10 @@ class Recipe(Part):
         missing = [name for name in self.order if name not in self.modalities]
         if missing:
             problems.append(f"order names {', '.join(missing)}, which modalities does not describe")
+        if self.method in ("ewc", "attention-only") and self.fine_tune.mode != "full":
+            problems.append(f"{self.method} trains the LLM's own weights: set fine_tune.mode: full")
+        if self.method == "experts" and not self.evaluation.references:
+            problems.append("experts are the references: set evaluation.references: true")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -64,7 +64,7 @@ def plan_run(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> Run
     stages = tuple(method_named(recipe.method)(planner, recipe.order))
     scores = [score for stage in stages for score in _stage_scores(planner, stage)]
     scores += _last_scores(planner, stages)
-    for modality in recipe.order:
+    for modality in recipe.order if recipe.evaluation.references else ():
         scores.append(_score(planner, expert(planner, modality), modality, "expert", 0, modality))
     last = stages[-1].final.backbone if stages else base
     perplexity["after"] = planner.perplexity(last, len(recipe.order))

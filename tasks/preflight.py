@@ -61,11 +61,12 @@ def bytes_needed(plan: RunPlan, store: Store) -> int:
     heavy = [
         step
         for step in todo
-        if step.kind in ("backbone", "merge", "compose")
+        if step.kind in ("backbone", "merge", "compose", "guarded-fine-tune", "fisher")
         or (step.kind == "fine-tune" and step.parameters["mode"] != "connector")
     ]
-    checkpoints = _TRAINING_FACTOR * size if any(s.kind == "fine-tune" for s in heavy) else 0
-    return len(heavy) * size + checkpoints + (len(todo) - len(heavy)) * _SMALL_STEP_BYTES
+    checkpoints = _TRAINING_FACTOR * size if any(s.kind.endswith("fine-tune") for s in heavy) else 0
+    written = len(heavy) + sum(step.kind == "fisher" for step in heavy)  # that is in float32
+    return written * size + checkpoints + (len(todo) - len(heavy)) * _SMALL_STEP_BYTES
 
 
 def check_disk(plan: RunPlan, store: Store) -> None:

@@ -19,15 +19,19 @@ from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
 from prefect.tasks import exponential_backoff
 
-from graftline.execution import Machine, execute, is_done
-from graftline.plan import CODE, Reference, Step
+from graftline.execution import execute, is_done
+from graftline.plan import Reference, Step
 from graftline.run_plan import PlannedScore, RunPlan
+from graftline.step_code import CODE
 from graftline.store import Store
+from graftline.work import Machine
 from tasks import tracking
 from tasks.references import Place
 
 SLOTS_VARIABLE = "GRAFTLINE_CONCURRENCY_LIMIT"
 _COMPUTING = frozenset(CODE) - {"backbone", "merge", "compose", "adapters"}
+FINE_TUNING = ("fine-tune", "guarded-fine-tune", "fisher")
+"""Kinds that hold a backbone's weights and as much again for each of them, or more."""
 _LASTING = frozenset(
     {
         errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
@@ -98,7 +102,10 @@ def _task(kind: str) -> Task[[Step, Place], Reference]:
     )(carry_out)
 
 
-WEIGHTS: Mapping[str, float] = {"fine-tune": 8.0, "realign": 3.5, "align": 2.0, "features": 2.0}
+WEIGHTS: Mapping[str, float] = {
+    "fine-tune": 8.0, "guarded-fine-tune": 12.0, "fisher": 6.0, "realign": 3.5, "align": 2.0,
+    "features": 2.0,
+}  # fmt: skip
 """About how long a step takes beside an evaluation, on the starter."""
 TASKS: Mapping[str, Task[[Step, Place], Reference]] = {kind: _task(kind) for kind in CODE}
 

@@ -48,7 +48,14 @@ def method_named(name: str) -> Method:
     """The method that a recipe names; a merge rule's name is the composition by that rule."""
     from graftline.merging.rules import RULES
     from graftline.methods import connector_only, experts, finetune, joint, mera
+    from graftline.methods.attention_only import attention_only
     from graftline.methods.composition import composition, route
+    from graftline.methods.der import der
+    from graftline.methods.ewc import ewc
+    from graftline.methods.lwf import lwf
+    from graftline.methods.o_lora import o_lora
+    from graftline.methods.pathweave import pathweave
+    from graftline.methods.replay import replay
 
     methods: dict[str, Method] = {
         **{rule: composition(rule) for rule in RULES},
@@ -60,5 +67,12 @@ def method_named(name: str) -> Method:
         "connector-only": connector_only.connector_only,
         "joint": joint.joint,
         "experts": experts.experts,
+        "replay": replay,
+        "ewc": ewc,
+        "lwf": lwf,
+        "der": der,
+        "attention-only": attention_only,
+        "o-lora": o_lora,
+        "pathweave": pathweave,
     }
     return methods[name]

@@ -1,4 +1,4 @@
-"""Which parameters of a merge rule are tried on validation rows: the same budget for every rule."""
+"""What is tried on validation rows: the same small budget for every merge rule and every rival."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from graftline.durable import atomic_write_text
 from graftline.errors import GraftlineError
+from graftline.recipe import COMPOSITIONS, RIVALS, Recipe
 
 BUDGET = 6
-"""Candidates a rule; the paper's default is the first."""
+"""Candidates of a search; the default is the first."""
 
 CANDIDATES: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
     {
@@ -45,13 +46,108 @@ CANDIDATES: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
 )  # fmt: skip
 
 
+def _each(key: str, *values: float) -> tuple[Mapping[str, Any], ...]:
+    return ({}, *({key: value} for value in values))
+
+
+SETTINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
+    {
+        "ewc": _each("rivals.ewc.strength", 1e-4, 1e-3, 0.1, 1.0, 10.0),
+        "lwf": _each("rivals.lwf.strength", 0.1, 0.3, 3.0, 10.0, 30.0),
+        "der": (
+            {}, {"rivals.der.alpha": 0.5}, {"rivals.der.alpha": 1.0}, {"rivals.der.beta": 1.0},
+            {"rivals.der.alpha": 0.5, "rivals.der.beta": 1.0},
+            {"rivals.der.alpha": 1.0, "rivals.der.beta": 1.0},
+        ),
+        "o-lora": (
+            {}, {"rivals.o_lora.strength": 0.05}, {"rivals.o_lora.strength": 5.0},
+            {"rivals.o_lora.rank": 32, "rivals.o_lora.strength": 0.05},
+            {"rivals.o_lora.rank": 32}, {"rivals.o_lora.rank": 32, "rivals.o_lora.strength": 5.0},
+        ),
+    }
+)  # fmt: skip
+"""Rival -> dotted recipe keys: its own settings."""
+RATED = ("finetune", *RIVALS)
+"""Methods whose fine-tuning's learning rate and length can be searched."""
+_RATES = ((1.0, 1), (1 / 3, 1), (3.0, 1), (1.0, 2), (1 / 3, 2), (3.0, 2))
+"""Factors of the recipe's `fine_tune.learning_rate` and `fine_tune.steps`."""
+JudgedBy = Literal["final", "when learned"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is tried for one method, and what decides.
+
+    Attributes:
+        method: a merge rule or a continual method.
+        candidates: what differs from the recipe; the first is the recipe as it is.
+        judged_by: `final`: the mean over modalities of the last model's scores; `when learned`:
+            the mean over stages of what the newest modality scores.
+        what: `parameters` of a rule, `settings` of a rival, or `rates`.
+    """
+
+    method: str
+    candidates: Sequence[Mapping[str, Any]]
+    judged_by: JudgedBy
+    what: Literal["parameters", "settings", "rates"]
+
+    @property
+    def name(self) -> str:
+        """Of the file that records it."""
+        return f"{self.method}-rates" if self.what == "rates" else self.method
+
+    def overrides(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
+        """Dotted recipe keys of a candidate's run."""
+        if self.what == "parameters":
+            own: dict[str, Any] = {f"compose.parameters.{self.method}": candidate}
+        else:
+            # what is compared is the chain's own scores; a merge rule's experts are shared anyway
+            own = {**candidate, "evaluation.references": False}
+        return {"method": self.method, "evaluation.split": "validation", **own}
+
+
+def search_of(method: str, recipe: Recipe, *, rates: bool) -> Search:
+    """The search of a method.
+
+    Args:
+        method: a merge rule, `finetune`, or a rival.
+        recipe: whose learning rate and steps are the middle of what is tried.
+        rates: search the fine-tuning's learning rate and length by what the newest modality
+            scores, and not the method's own settings by what all score at the end. A method
+            without settings of its own has nothing else.
+
+    Raises:
+        GraftlineError: the method has nothing to choose; says which have.
+    """
+    if method in COMPOSITIONS and not rates:
+        return Search(method, candidates(method), "final", "parameters")
+    if method in SETTINGS and not rates:
+        return Search(method, SETTINGS[method], "final", "settings")
+    if method in RATED:
+        tuned = recipe.fine_tune
+        tried = [
+            {
+                "fine_tune.learning_rate": float(f"{tuned.learning_rate * rate:.2g}"),
+                "fine_tune.steps": tuned.steps * length,
+            }
+            for rate, length in _RATES
+        ]
+        return Search(method, [{}, *tried[1:]], "when learned", "rates")
+    raise GraftlineError(
+        f"{method}: it has no learning rate to search; methods that have: {', '.join(RATED)}"
+        if rates
+        else f"{method}: there is nothing to search; {', '.join(CANDIDATES)} have parameters, "
+        f"{', '.join(SETTINGS)} settings, {', '.join(RATED)} a learning rate (--rates)"
+    )
+
+
 @dataclass(frozen=True)
 class Trial:
     """A candidate and what it reached on validation rows.
 
     Attributes:
-        parameters: what differs from the rule's defaults.
-        retention: in per cent; None where an expert scores nothing.
+        parameters: what differs from the recipe, or from the rule's defaults.
+        retention: in per cent; None where an expert scores nothing, or none was asked.
         scores: modality -> score from 0 to 1; candidates are compared by their mean.
     """
 
@@ -83,10 +179,14 @@ def best_of(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda trial: trial.score)
 
 
-def write_trials(file: Path, rule: str, trials: Sequence[Trial], seed: int, data_md5: str) -> None:
+def write_trials(
+    file: Path, search: Search, trials: Sequence[Trial], seed: int, data_md5: str
+) -> None:
     """Records a search as JSON: the budget, every trial, and the choice."""
     content = {
-        "rule": rule,
+        "rule": search.method,
+        "what": search.what,
+        "judged_by": search.judged_by,
         "split": "validation",
         "budget": len(trials),
         "seed": seed,

@@ -146,6 +146,27 @@ def test_a_search_looks_at_validation_rows_alone(copy):
         assert manifest["parameters"].get("split", "validation") == "validation"
 
 
+def test_a_rival_runs_on_the_stages_of_others(copy):
+    before = set(copy.artifacts())
+    rival = ["run", "params/tiny.yaml", "--method", "ewc", "--set", "order=[image, audio]"]
+    code, text = copy.run(*rival, "--set", "name=tiny-rival")
+    assert code == 0, text
+    kinds = [name.split("/")[1] for name in set(copy.artifacts()) - before]
+    assert sorted(kinds) == [
+        *3 * ["evaluate"], "evaluate-joint", "fisher", "guarded-fine-tune", "perplexity"
+    ]  # fmt: skip
+    losses = copy.mlflow("select count(*) from metrics where key = 'loss.guarded-fine-tune.audio'")
+    assert losses[0][0] == 6
+    metrics = json.loads((copy.folder / "reports/tiny-rival/ewc/seed-0/metrics.json").read_text())
+    assert set(metrics["scores_vanilla"]) == set(metrics["scores_expert"]) == {"image", "audio"}
+    code, text = copy.run(*rival, "--set", "name=tiny-s", "--set", "evaluation.references=false")
+    assert code == 0, text
+    alone = json.loads((copy.folder / "reports/tiny-s/ewc/seed-0/metrics.json").read_text())
+    assert alone["scores"] == metrics["scores"]
+    assert alone["undefined"]["retention"] == "no expert was scored"
+    assert alone["undefined"]["frg_mean"] == "no vanilla model was scored"
+
+
 def test_killed_run_goes_on(fresh, finished):
     process = fresh.start("run", "params/tiny.yaml")
     fresh.wait_for_artifacts(12, process)

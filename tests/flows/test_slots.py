@@ -43,11 +43,14 @@ def _work(name: str, kind: str) -> str:
 
 SMALL = task(name="small", persist_result=False)(_work)
 LARGE = task(name="large", persist_result=False)(_work)
+HUGE = task(name="huge", persist_result=False)(_work)
 
 
 def _job(name: str, *needs: str, kind: str = "small", weight: float = 1.0) -> Job:
-    task = LARGE if kind == "large" else SMALL
-    return Job(name, task, {"name": name, "kind": kind}, needs, weight)
+    task = {"small": SMALL, "large": LARGE, "huge": HUGE}[kind]
+    shared = "large" if kind == "huge" else None
+    kind = shared or kind
+    return Job(name, task, {"name": name, "kind": kind}, needs, weight, shared)
 
 
 @flow(name="slots", persist_result=False)
@@ -82,6 +85,12 @@ def test_a_limit_holds_for_its_kind_only(server: None) -> None:
     _run([*jobs, *[_job(f"s{number}") for number in range(3)]], 3)
     assert max(_at_once["large"]) == 1
     assert max(_at_once["small"]) == 2
+
+
+def test_kinds_may_share_a_limit(server: None) -> None:
+    _run([_job("a", kind="large"), _job("b", kind="huge"), _job("c", kind="huge"), _job("d")], 3)
+    assert max(_at_once["large"]) == 1
+    assert len(_at_once["large"]) == 3
 
 
 def test_a_limited_place_is_kept_for_the_longest_chain(server: None) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from graftline.durable import StoreUnwritable
 from graftline.errors import GraftlineError
-from graftline.recipe import load_recipe
+from graftline.recipe import ContinualName, load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
 from tasks.data import by_modality, inside_dvc
@@ -48,7 +49,7 @@ def test_only_passing_faults_are_retried(error, passing):
 
 @pytest.mark.parametrize(
     "method",
-    ["mera", "merge-only", "realign-only", "finetune", "connector-only", "joint", "experts"],
+    get_args(ContinualName),
 )
 def test_order_holds_every_step_once_and_parents_first(method):
     plan = _plan(method)

@@ -12,11 +12,17 @@ from graftline.merging.rules import parameters_for, rule_named
 from graftline.methods.search import (
     BUDGET,
     CANDIDATES,
+    RATED,
+    SETTINGS,
     Trial,
     best_of,
     candidates,
+    search_of,
     write_trials,
 )
+from graftline.recipe import load_recipe
+
+TINY = Path(__file__).parents[3] / "params" / "tiny.yaml"
 
 
 @pytest.mark.parametrize("rule", CANDIDATES)
@@ -29,6 +35,38 @@ def test_every_rule_has_the_same_budget_of_valid_different_candidates(rule: str)
 def test_rules_without_parameters_are_named() -> None:
     with pytest.raises(GraftlineError, match="average: there is nothing to search"):
         candidates("average")
+    for method, rates, words in (
+        ("joint", False, "nothing to search.*ewc, lwf.*--rates"),
+        ("ties", True, "no learning rate to search.*finetune, replay"),
+    ):
+        with pytest.raises(GraftlineError, match=words):
+            search_of(method, load_recipe(TINY), rates=rates)
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_every_rival_has_the_same_budget_of_valid_different_settings(method: str) -> None:
+    search = search_of(method, load_recipe(TINY), rates=False)
+    assert (search.judged_by, search.name) == ("final", method)
+    found = [load_recipe(TINY, search.overrides(each)) for each in search.candidates]
+    assert len(found) == BUDGET == len({repr(each.rivals) for each in found})
+    assert found[0].rivals == load_recipe(TINY).rivals
+    for recipe in found:
+        assert (recipe.method, recipe.evaluation.split) == (method, "validation")
+        assert not recipe.evaluation.references
+
+
+@pytest.mark.parametrize("method", RATED)
+def test_rates_are_tried_around_the_recipe_s_and_judged_by_the_newest(method: str) -> None:
+    recipe = load_recipe(TINY)
+    search = search_of(method, recipe, rates=True)
+    assert (search.judged_by, search.name) == ("when learned", f"{method}-rates")
+    found = [load_recipe(TINY, search.overrides(each)).fine_tune for each in search.candidates]
+    assert found[0] == recipe.fine_tune
+    assert {(each.learning_rate, each.steps) for each in found} == {
+        (rate, steps) for rate in (1e-4, 3e-4, 9e-4) for steps in (6, 12)
+    }
+    if method not in SETTINGS:  # it has nothing else to search
+        assert search == search_of(method, recipe, rates=False)
 
 
 def test_the_best_is_chosen_and_the_default_wins_a_tie(tmp_path: Path) -> None:
@@ -37,7 +75,8 @@ def test_the_best_is_chosen_and_the_default_wins_a_tie(tmp_path: Path) -> None:
     assert best_of(trials) == default
     trials.append(Trial({"scale": 0.3}, 80.5, {"image": 0.6, "audio": 0.3}))
     assert best_of(trials).parameters == {"scale": 0.3}
-    write_trials(tmp_path / "search/ties-seed-0.json", "ties", trials, 0, "abc")
+    search = search_of("ties", load_recipe(TINY), rates=False)
+    write_trials(tmp_path / "search/ties-seed-0.json", search, trials, 0, "abc")
     content = json.loads((tmp_path / "search/ties-seed-0.json").read_text())
     assert content["chosen"] == {"scale": 0.3}
     assert content["split"] == "validation"

@@ -15,7 +15,8 @@ import torch
 
 from graftline.model.backbone import load_backbone
 from graftline.recipe import LoraSettings, PhaseSettings
-from graftline.training import loop, phases
+from graftline.training import guarded, loop, phases
+from graftline.training.elastic import save_fisher
 
 SETTINGS = PhaseSettings(steps=9, batch_size=4, learning_rate=1e-3, checkpoint_every=2)
 
@@ -41,6 +42,24 @@ def run(phase: str, folders: list[Path], die_before: int) -> None:
         phases.align(call, SETTINGS, "image", {"tokens": 2, "hidden": 16})
     elif phase == "realign":
         phases.realign(call, SETTINGS, "image", connector, 0.25, "output")
+    elif phase == "ewc":
+        fisher = work.parent / f"{work.name}-fisher"
+        fisher.mkdir(exist_ok=True)
+        named = call.backbone[0].model.layers.named_parameters(prefix="model.layers")
+        ones = {name: torch.full(p.shape, 30.0) for name, p in named}
+        ones["model.norm.weight"] = torch.ones(call.backbone[0].model.norm.weight.shape)
+        save_fisher(fisher, ones, None, 1.0, 1)
+        guarded.guarded_fine_tune(
+            call,
+            SETTINGS,
+            {"image": connector},
+            guarded.GuardCall("ewc", {"strength": 1.0}, fisher=fisher),
+            mode="full",
+            lora=LoraSettings(),
+            connector_learning_rate=1e-3,
+            train_embeddings=False,
+            result_fingerprint="tuned",
+        )
     else:
         phases.fine_tune(
             call,

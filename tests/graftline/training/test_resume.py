@@ -38,7 +38,7 @@ def _weights(out: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("phase", ["align", "full", "lora", "realign"])
+@pytest.mark.parametrize("phase", ["align", "full", "lora", "ewc", "realign"])
 def test_killed_twice_and_resumed_is_bit_identical(
     phase: str, tiny_folder: Path, features_folder: Path, aligned: Path, tmp_path: Path
 ) -> None:

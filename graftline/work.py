@@ -1,0 +1,105 @@
+"""One step being carried out: its parents, its machine, and what training needs of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftline.model.attention import attention_for
+from graftline.model.backbone import load_backbone
+from graftline.plan import Step
+from graftline.recipe import PhaseSettings
+from graftline.store import Artifact
+from graftline.training import phases
+
+CORES = torch.get_num_threads()
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a step runs: what its result must not depend on.
+
+    Attributes:
+        data_folder: the data.
+        device: as in a recipe.
+        slots: how many steps share the machine.
+    """
+
+    data_folder: Path
+    device: str = "auto"
+    slots: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads that a step computes with."""
+        return max(1, CORES // self.slots)
+
+    @property
+    def torch_device(self) -> str:
+        """The device itself where the recipe says `auto`."""
+        if self.device != "auto":
+            return self.device
+        if torch.cuda.is_available():
+            return "cuda"
+        return "cpu"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step being carried out.
+
+    Attributes:
+        step: the step.
+        parents: role -> published artifact.
+        machine: where.
+        folder: for checkpoints; outlives a kill.
+        out: to be filled.
+    """
+
+    step: Step
+    parents: dict[str, Artifact]
+    machine: Machine
+    folder: Path
+    out: Path
+
+    def role(self, prefix: str) -> dict[str, Path]:
+        """Folders of the parents whose role is `prefix.<modality>`, by modality."""
+        return {
+            role.partition(".")[2]: artifact.folder
+            for role, artifact in self.parents.items()
+            if role.startswith(f"{prefix}.")
+        }
+
+
+def call_of(work: Work) -> phases.Call:
+    """What a training phase needs of a step."""
+    parameters = work.step.parameters
+    return phases.Call(
+        backbone=load(work),
+        backbone_fingerprint=work.parents["backbone"].fingerprint,
+        features=work.role("features"),
+        system_prompt=parameters["system_prompt"],
+        seed=parameters["seed"],
+        work=work.folder,
+        out=work.out,
+        label=work.step.title,
+    )
+
+
+def load(work: Work) -> tuple[Any, Any]:
+    """The step's backbone and its tokenizer."""
+    parameters = work.step.parameters
+    attention, device = parameters["attention"], work.machine.torch_device
+    folder = work.parents["backbone"].folder / "backbone"
+    if attention == "auto":
+        attention = attention_for(folder, device)
+    return load_backbone(folder, DTYPES[parameters["precision"]], attention, device)
+
+
+def phase_settings(parameters: Any) -> PhaseSettings:
+    """A training step's settings of the loop."""
+    return PhaseSettings(**{k: v for k, v in parameters.items() if k in PhaseSettings.model_fields})

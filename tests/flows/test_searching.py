@@ -1,0 +1,41 @@
+"""What decides a search, and what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.searching import describe, trial_of
+from graftline.methods.search import search_of, write_trials
+from graftline.recipe import load_recipe
+
+TINY = Path(__file__).resolve().parents[2] / "params" / "tiny.yaml"
+LOYAL = {"scores": {"a": 0.6, "b": 0.4}, "scores_when_learned": {"a": 0.7, "b": 0.4}}
+QUICK = {"scores": {"a": 0.1, "b": 0.8}, "scores_when_learned": {"a": 0.7, "b": 0.8}}
+
+
+@pytest.mark.parametrize(
+    ("method", "rates", "chosen", "said"),
+    [
+        ("ewc", False, 0, ["*   50.0  {}", "in the recipe: what it says already"]),
+        (
+            "ewc", True, 1,
+            ["*   75.0", "--set fine_tune.learning_rate=0.0001  --set fine_tune.steps=6"],
+        ),
+        ("ties", False, 0, ["in the recipe: compose: {parameters: {ties: {}}}"]),
+    ],
+)  # fmt: skip
+def test_settings_are_judged_by_the_end_and_rates_by_what_was_just_learned(
+    method: str, rates: bool, chosen: int, said: list[str], tmp_path: Path
+) -> None:
+    search = search_of(method, load_recipe(TINY), rates=rates)
+    trials = [
+        trial_of(search, candidate, {"retention": None, **metrics})
+        for candidate, metrics in zip(search.candidates[:2], (LOYAL, QUICK), strict=True)
+    ]
+    write_trials(tmp_path / "search.json", search, trials, 0, "md5")
+    text = describe(tmp_path / "search.json")
+    assert all(words in text for words in said), text
+    starred = [" * " in line for line in text.splitlines()[1:3]]
+    assert starred == [chosen == 0, chosen == 1]
