@@ -82,11 +82,9 @@ def _budget(
     folder = Path(recipe.data.folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
-    from flows.compare import plans_of
-    from graftline.budget import budget_of
-    from graftline.data.build import checksums
+    from graftline.budget import budget_of, plans_of
+    from graftline.data.build import by_modality, checksums
     from graftline.store import Store
-    from tasks.data import by_modality
 
     plans = plans_of(str(path), wanted, overrides, by_modality(checksums(folder)))
     return budget_of([plan for _, plan in plans], Store(recipe.store, verify="quick")).text()

@@ -12,9 +12,9 @@ from prefect.runtime import flow_run
 
 from flows.continual import continual
 from flows.data import version_data
-from graftline.comparison import BASELINE, Comparison, WantedRun, comparison_of
+from graftline.budget import plans_of
+from graftline.comparison import BASELINE, comparison_of
 from graftline.recipe import load_recipe
-from graftline.run_plan import RunPlan, plan_run
 from tasks.comparing import (
     comparison_tags,
     is_finished,
@@ -72,7 +72,7 @@ def compare(
         record.note(prefect_flow_run=str(flow_run.id))
         data = version_data(recipe.data.folder, recipe.store)
         groups: dict[str, list[Path]] = {method: [] for method in wanted.methods}
-        plans = plans_of(recipe_path, wanted, overrides, data.files)
+        plans = plans_of(recipe_path, wanted, overrides or {}, data.files)
         for run, plan in plans:
             report = report_folder(plan.recipe, usual)
             name = run_name(plan.recipe, usual)
@@ -80,7 +80,7 @@ def compare(
                 _log.info("%s: finished before", name)
             else:
                 titled = continual.with_options(flow_run_name=f"{recipe.name} {name}")
-                titled(recipe_path, changes_of(run, overrides))
+                titled(recipe_path, run.changes(overrides or {}))
             groups[run.method].append(report)
         baseline = BASELINE if BASELINE in groups else None
         found = write_comparison(
@@ -92,22 +92,3 @@ def compare(
                 record.note(mlflow_uri=tracked.uri, mlflow_run=tracked.run_id)
                 record_comparison(found, tracked, folder)
     return str(folder)
-
-
-def plans_of(
-    recipe_path: str,
-    wanted: Comparison,
-    overrides: Mapping[str, Any] | None,
-    files: Mapping[str, Mapping[str, str]],
-) -> list[tuple[WantedRun, RunPlan]]:
-    """Every run of a comparison with its plan; `files` is modality -> split -> md5."""
-    return [
-        (run, plan_run(load_recipe(recipe_path, changes_of(run, overrides)), files))
-        for run in wanted.runs()
-    ]
-
-
-def changes_of(run: WantedRun, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a run of a comparison overrides in its recipe."""
-    own = {"method": run.method, "order": list(run.order), "seed": run.seed}
-    return {**(overrides or {}), **own}

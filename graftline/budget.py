@@ -10,15 +10,16 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from graftline.comparison import prefix_stages
+from graftline.comparison import Comparison, WantedRun, prefix_stages
 from graftline.costs import lineage, model_parts
 from graftline.execution import TIMING
 from graftline.manifest import MANIFEST
 from graftline.plan import Reference, Step
-from graftline.recipe import ExecutionSettings
-from graftline.run_plan import RunPlan
+from graftline.recipe import ExecutionSettings, load_recipe
+from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
 
 
@@ -69,6 +70,29 @@ class Budget:
                 about += f", without {', '.join(self.untimed)}, which the store has no history of"
             lines.append(about)
         return "\n".join(lines)
+
+
+def plans_of(
+    recipe_path: Path | str,
+    wanted: Comparison,
+    overrides: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, str]],
+) -> list[tuple[WantedRun, RunPlan]]:
+    """Every run of a comparison with its plan.
+
+    Args:
+        recipe_path: the recipe's file.
+        wanted: the runs.
+        overrides: dotted key -> value, for all runs.
+        files: modality -> split -> md5 of its parquet file.
+
+    Raises:
+        RecipeError: the recipe cannot be run so.
+    """
+    return [
+        (run, plan_run(load_recipe(recipe_path, run.changes(overrides)), files))
+        for run in wanted.runs()
+    ]
 
 
 def budget_of(plans: Sequence[RunPlan], store: Store) -> Budget:

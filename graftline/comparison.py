@@ -6,10 +6,10 @@ Orders and seeds are the same for every method, so that differences between meth
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import get_args
+from typing import Any, get_args
 
 from graftline.errors import GraftlineError
 from graftline.recipe import ContinualName, MethodName
@@ -33,6 +33,11 @@ class WantedRun:
     method: str
     order: Order
     seed: int
+
+    def changes(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """What the run overrides in its recipe: dotted key -> value."""
+        own = {"method": self.method, "order": list(self.order), "seed": self.seed}
+        return {**overrides, **own}
 
 
 @dataclass(frozen=True)
