@@ -48,7 +48,7 @@ _COLUMNS = 3
 _PLACES = [
     (x * far, y * far)
     for far in (1.0, 1.8, 2.8, 4.0)
-    for x, y in ((8, 0), (-8, 0), (0, 9), (0, -9), (7, 7), (-7, 7), (7, -7), (-7, -7))
+    for x, y in ((5, 5), (-5, 5), (5, -5), (-5, -5), (8, 0), (-8, 0), (0, 9), (0, -9))
 ]  # of a label from its point, in points
 
 
@@ -228,7 +228,8 @@ def _draw_stages(axes: Axes, method: ComparedMethod) -> None:
 
 
 def _frontier(axes: Axes, methods: Sequence[ComparedMethod]) -> None:
-    points = []
+    points: list[tuple[float, float, str, str]] = []
+    bars: list[list[list[float]]] = []
     for number, method in enumerate(methods):
         brg, frg = method.intervals["brg"], method.intervals["frg_mean"]
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
@@ -239,6 +240,9 @@ def _frontier(axes: Axes, methods: Sequence[ComparedMethod]) -> None:
             marker=marker, ms=5, lw=1.0, capsize=2, ls="none", zorder=3,
         )  # fmt: skip
         points.append((frg.estimate, brg.estimate, method.label, colour))
+        across, up = _ends(frg), _ends(brg)
+        bars.append([[min(across), brg.estimate], [max(across), brg.estimate]])
+        bars.append([[frg.estimate, min(up)], [frg.estimate, max(up)]])
     axes.axhline(100.0, color=MUTED, lw=0.8, ls=(0, (4, 3)), zorder=1)
     axes.axvline(100.0, color=MUTED, lw=0.8, ls=(0, (4, 3)), zorder=1)
     axes.margins(0.16)
@@ -246,27 +250,27 @@ def _frontier(axes: Axes, methods: Sequence[ComparedMethod]) -> None:
     axes.set_ylabel("BRG in % (keeping the old)", color=MUTED)
     open_frame(axes)
     axes.grid(axis="x", color=RULE, lw=0.8)
-    _label_points(axes, points)
+    _label_points(axes, points, bars)
 
 
-def _label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes each name near its point, where it covers no other point and no other name."""
+def _label_points(
+    axes: Axes, points: Sequence[tuple[float, float, str, str]], bars: Sequence[list[list[float]]]
+) -> None:
+    """Writes each name near its point, where it covers no bar and no other name."""
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()  # places the axes
     canvas: Any = figure.canvas
     renderer, inside = canvas.get_renderer(), axes.get_window_extent()
-    marks = [axes.transData.transform((x, y)) for x, y, _, _ in points]
-    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in marks]
-    for number, (x, y, name, colour) in enumerate(points):
-        others = taken[:number] + taken[number + 1 :]
+    taken = [Bbox(axes.transData.transform(bar)).padded(4) for bar in bars]
+    for x, y, name, colour in points:
         best: tuple[float, tuple[float, float]] | None = None
         for place in _PLACES:
             label = _label(axes, x, y, name, colour, place)
             box = label.get_window_extent(renderer)
             label.remove()
             outside = 0.0 if inside.x0 <= box.x0 and box.x1 <= inside.x1 else 1e6
-            cost = outside + sum(_overlap(box, other) for other in others)
+            cost = outside + sum(_overlap(box, other) for other in taken)
             if best is None or cost < best[0]:
                 best = (cost, place)
             if cost == 0.0:

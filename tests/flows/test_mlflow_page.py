@@ -49,9 +49,7 @@ def address(copy):
 
 def test_brg_and_scores_of_two_methods_are_drawn_over_stages(copy, address, tmp_path):
     names = ("mera seed 0", "finetune seed 0", "mera over 1 run(s)", "finetune over 1 run(s)")
-    rows = copy.mlflow(
-        "select name, run_uuid, experiment_id from runs where name not like 'stage%'"
-    )
+    rows = copy.mlflow("select name, run_uuid, experiment_id from runs order by name")
     runs = {name: run for name, run, _ in rows}
     chosen = quote(json.dumps([runs[name] for name in names]))
     experiment = quote(json.dumps([str(rows[0][2])]))
