@@ -15,8 +15,10 @@ from flows.data import version_data
 from graftline.budget import plans_of
 from graftline.comparison import BASELINE, comparison_of
 from graftline.recipe import load_recipe
+from graftline.store import Store
 from tasks.comparing import (
     comparison_tags,
+    computing_seconds,
     is_finished,
     record_comparison,
     reports_of,
@@ -26,7 +28,7 @@ from tasks.interruption import closed_when_stopped
 from tasks.outputs import compare_folder, report_folder, run_name, usual_order
 from tasks.preflight import check_folders
 from tasks.records import recorded_run
-from tasks.stale import close_own_run
+from tasks.stale import close_dead_runs, close_own_run
 from tasks.tracking import comparison_run
 
 _log = logging.getLogger("tasks.comparing")
@@ -65,6 +67,7 @@ def compare(
     }
     usual, folder = usual_order(recipe_path), compare_folder(recipe.name)
     check_folders(recipe, folder)
+    close_dead_runs(recipe.store)
     with (
         recorded_run(recipe.store) as record,
         closed_when_stopped(lambda: close_own_run(record)),
@@ -83,9 +86,9 @@ def compare(
                 titled(recipe_path, run.changes(overrides or {}))
             groups[run.method].append(report)
         baseline = BASELINE if BASELINE in groups else None
-        found = write_comparison(
-            recipe.name, {**groups, **others}, baseline, [plan for _, plan in plans], folder
-        )
+        computing = computing_seconds([plan for _, plan in plans], Store(recipe.store))
+        reports = {**groups, **others}
+        found = write_comparison(recipe.name, reports, baseline, computing, folder)
         title = f"comparison of {len(found.methods)} methods"
         with comparison_run(recipe.name, title, comparison_tags(found)) as tracked:
             if tracked is not None:

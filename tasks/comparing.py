@@ -24,7 +24,7 @@ from graftline.evaluation.comparison_pictures import (
     stage_panels,
 )
 from graftline.evaluation.comparison_table import TimeSpent, csv_text, markdown
-from graftline.evaluation.report import RunScores, read_report
+from graftline.evaluation.report import read_report
 from graftline.execution import is_done
 from graftline.plan import Step
 from graftline.run_plan import RunPlan
@@ -97,12 +97,21 @@ def reports_of(name: str, places: Sequence[tuple[Order, int]]) -> dict[str, list
     return whole
 
 
+def computing_seconds(plans: Sequence[RunPlan], store: Store) -> dict[str, float]:
+    """Activity -> what its steps took in all runs, each step counted once."""
+    steps = {reference: step for plan in plans for reference, step in plan.steps.items()}
+    groups: dict[str, list[Step]] = {name: [] for name in _ACTIVITIES}
+    for step in steps.values():
+        groups[activity(step.kind)].append(step)
+    return {name: seconds_of(each, store) for name, each in groups.items()}
+
+
 @task(name="write-comparison", cache_policy=NO_CACHE, persist_result=False)
 def write_comparison(
     recipe: str,
     groups: Mapping[str, Sequence[Path]],
     baseline: str | None,
-    plans: Sequence[RunPlan],
+    computing: Mapping[str, float],
     folder: Path,
 ) -> Compared:
     """Writes `reports/<recipe>/compare/`: tables, page and pictures.
@@ -111,12 +120,14 @@ def write_comparison(
         recipe: the recipe's name.
         groups: label -> the reports of the method's runs.
         baseline: label of the method that differences are taken from.
-        plans: the runs' plans, for where the time went.
+        computing: from `computing_seconds`.
         folder: where to write.
     """
     runs = {label: [read_report(path) for path in paths] for label, paths in groups.items()}
     methods = compare_runs(runs, baseline)
-    time = _time_spent(plans, [run for each in runs.values() for run in each])
+    known = [run for each in runs.values() for run in each if run.idle_seconds is not None]
+    idle = sum(run.idle_seconds or 0.0 for run in known)
+    time = TimeSpent(computing, sum(run.wall_seconds for run in known), idle)
     first = next(iter(runs.values()))[0]
     folder.mkdir(parents=True, exist_ok=True)
     frontier, orders = frontier_panel(methods), order_panels(methods)
@@ -196,17 +207,3 @@ def _totals(method: ComparedMethod) -> dict[str, float]:
 
 def _with_ends(name: str, each: Interval) -> dict[str, float | None]:
     return {name: each.estimate, f"{name}.low": each.low, f"{name}.high": each.high}
-
-
-def _time_spent(plans: Sequence[RunPlan], runs: Sequence[RunScores]) -> TimeSpent:
-    steps = {reference: step for plan in plans for reference, step in plan.steps.items()}
-    groups: dict[str, list[Step]] = {name: [] for name in _ACTIVITIES}
-    for step in steps.values():
-        groups[activity(step.kind)].append(step)
-    store = Store(plans[0].recipe.store)
-    known = [run for run in runs if run.idle_seconds is not None]
-    return TimeSpent(
-        {name: seconds_of(each, store) for name, each in groups.items()},
-        sum(run.wall_seconds for run in known),
-        sum(run.idle_seconds or 0.0 for run in known),
-    )
