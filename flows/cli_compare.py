@@ -46,7 +46,7 @@ def compare(
     prepare(verbose=verbose)
     overrides = overrides_of(None, None, settings)
     chosen = checked(recipe, overrides)
-    arguments = {
+    arguments: dict[str, Any] = {
         "methods": [name for name in methods.split(",") if name.strip()],
         "seeds": seeds or str(chosen.seed),
         "orders": orders,

@@ -62,7 +62,7 @@ def run_comparison(path: str, arguments: Mapping[str, Any], console: Console) ->
         from graftline.progress import shown
 
         with shown(console):
-            return compare(path, **arguments)
+            return str(compare(path, **arguments))
 
 
 @contextmanager
