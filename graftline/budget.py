@@ -152,8 +152,9 @@ def _seconds(
         every = statistics.median(seconds for each in history.values() for seconds in each)
         known = {key: statistics.median(each) for key, each in history.items()}
         alone[kind] = sum(known.get(_key(step.parameters), every) for step in steps)
-    tuning = alone.get("fine-tune", 0.0) / min(execution.slots, execution.fine_tunings)
-    return max(sum(alone.values()) / execution.slots, tuning), tuple(untimed)
+    tuning = sum(seconds for kind, seconds in alone.items() if kind.endswith("fine-tune"))
+    at_once = min(execution.slots, execution.fine_tunings)
+    return max(sum(alone.values()) / execution.slots, tuning / at_once), tuple(untimed)
 
 
 def _history(kind: str, store: Store) -> dict[str, list[float]]:

@@ -187,12 +187,12 @@ def _train_rows(step: Step, store: Store) -> int:
 
 
 def _changed(step: Step, store: Store) -> int:
-    """Weights in the tensors of a step's artifact that none of its parents holds as they are."""
+    """Weights in the model's tensors of a step's artifact that none of its parents holds so."""
     folder = store.folder(step.kind, step.reference.fingerprint)
     parents = [store.folder(p.kind, p.fingerprint) for p in step.parents.values()]
     rank = step.parameters["lora"]["rank"] if step.parameters.get("mode") == "lora" else None
     count = 0
-    for file in sorted(folder.rglob("*.safetensors")):
+    for file in [*folder.glob("backbone/*.safetensors"), *folder.glob("connector-*.safetensors")]:
         inside = file.relative_to(folder)
         before = [read_header(p / inside) for p in parents if (p / inside).is_file()]
         for name, entry in read_header(file).items():
