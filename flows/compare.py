@@ -14,6 +14,7 @@ from flows.continual import continual
 from flows.data import version_data
 from graftline.budget import plans_of
 from graftline.comparison import BASELINE, comparison_of
+from graftline.plan import Reference
 from graftline.recipe import load_recipe
 from graftline.store import Store
 from tasks.comparing import (
@@ -75,11 +76,11 @@ def compare(
         record.note(prefect_flow_run=str(flow_run.id))
         data = version_data(recipe.data.folder, recipe.store)
         groups: dict[str, list[Path]] = {method: [] for method in wanted.methods}
-        plans = plans_of(recipe_path, wanted, overrides or {}, data.files)
+        plans, done = plans_of(recipe_path, wanted, overrides or {}, data.files), set[Reference]()
         for run, plan in plans:
             report = report_folder(plan.recipe, usual)
             name = run_name(plan.recipe, usual)
-            if is_finished(plan, report):
+            if is_finished(plan, report, done):
                 _log.info("%s: finished before", name)
             else:
                 titled = continual.with_options(flow_run_name=f"{recipe.name} {name}")

@@ -26,7 +26,7 @@ from graftline.evaluation.comparison_pictures import (
 from graftline.evaluation.comparison_table import TimeSpent, csv_text, markdown
 from graftline.evaluation.report import read_report
 from graftline.execution import is_done
-from graftline.plan import Step
+from graftline.plan import Reference, Step
 from graftline.run_plan import RunPlan
 from graftline.store import Store
 from tasks import tracking
@@ -58,15 +58,20 @@ class Compared:
     identity: str
 
 
-def is_finished(plan: RunPlan, folder: Path) -> bool:
-    """Whether a run's steps are in the store and its report is of this very result."""
+def is_finished(plan: RunPlan, folder: Path, done: set[Reference]) -> bool:
+    """Whether a run's steps are in the store and its report is of this very result.
+
+    Args:
+        plan: the run.
+        folder: its report.
+        done: steps that were found earlier, which are not looked at again; gets what is found.
+    """
     metrics = metrics_in(folder)
     if metrics.get("fingerprint") != plan.fingerprint or not has_costs(metrics):
         return False
     store = Store(plan.recipe.store, verify="quick")
-    return (folder / "examples.csv").exists() and all(
-        is_done(step, store) for step in plan.steps.values()
-    )
+    done |= {r for r, step in plan.steps.items() if r not in done and is_done(step, store)}
+    return (folder / "examples.csv").exists() and done >= plan.steps.keys()
 
 
 def reports_of(name: str, places: Sequence[tuple[Order, int]]) -> dict[str, list[Path]]:
