@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from graftline.data.build import checksums
+from graftline.data.build import by_modality, checksums
 from graftline.data.examples import ExampleSet, TrainingSet
 from graftline.data.features import FeatureTable
 from graftline.model.attention import attention_for
@@ -22,7 +22,6 @@ from graftline.recipe import Recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
 from graftline.training.optimizer import MasterAdamW, ParameterGroup
-from tasks.data import by_modality
 
 
 def artifacts(recipe: Recipe, modality: str) -> dict[str, Path]:

@@ -14,6 +14,7 @@ prepare()
 
 import typer  # noqa: E402
 
+from flows.cli_compare import compare  # noqa: E402
 from flows.options import (  # noqa: E402
     Method,
     RecipePath,
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(compare)
 data_app = typer.Typer(help="The starter's data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
@@ -75,9 +77,9 @@ def show(
     overrides = overrides_of(method, seed, settings)
     chosen = checked(recipe, overrides)
     from flows.showing import print_report
-    from tasks.outputs import report_folder
+    from tasks.outputs import report_folder, usual_order
 
-    folder = report_folder(chosen)
+    folder = report_folder(chosen, usual_order(recipe))
     if not (folder / "metrics.json").exists():
         words = ["graftline run", str(recipe)]
         words += [f"--method {method}"] if method else []

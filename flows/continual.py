@@ -16,6 +16,7 @@ from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
 from tasks.interruption import closed_when_stopped
+from tasks.outputs import model_alias, report_folder, run_name, usual_order
 from tasks.preflight import check_disk, check_folders
 from tasks.records import recorded_run
 from tasks.references import DataVersion, Place
@@ -45,7 +46,9 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
         The report's folder.
     """
     recipe = load_recipe(recipe_path, overrides)
-    check_folders(recipe)
+    usual = usual_order(recipe_path)
+    folder = report_folder(recipe, usual)
+    check_folders(recipe, folder)
     close_dead_runs(recipe.store)
     Store(recipe.store).sweep()
     started = time.monotonic()
@@ -59,7 +62,8 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
         plan = plan_run(recipe, data.files)
         check_disk(plan, Store(recipe.store))
         tags = {"prefect_flow_run_id": flow_id, "prefect_url": str(flow_run.ui_url)}
-        with tracked_run(recipe, plan.fingerprint, data, tags) as tracked:
+        name = run_name(recipe, usual)
+        with tracked_run(recipe, name, plan.fingerprint, data, tags) as tracked:
             record.note(mlflow_uri=tracked.uri, mlflow_run=tracked.run_id)
             place = Place(
                 recipe.store,
@@ -71,10 +75,10 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
             computed = unfinished(plan, Store(recipe.store))
             model_id = carry_out_stages(plan, place, data)
             seconds = time.monotonic() - started
-            folder = write_run_report(plan, place, data, seconds, computed)
-            register_model(plan, place, data, model_id)
-            tag_run(tracked, {"report": folder})
-    return folder
+            write_run_report(plan, place, data, folder, seconds, computed)
+            register_model(plan, place, data, model_id, model_alias(recipe, usual))
+            tag_run(tracked, {"report": str(folder)})
+    return str(folder)
 
 
 def carry_out_stages(plan: RunPlan, place: Place, data: DataVersion) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from graftline.recipe import load_recipe
@@ -34,20 +34,48 @@ def run_recipes(path: str, runs: Sequence[Mapping[str, Any]], console: Console) 
     Raises:
         GraftlineError: a run cannot be done; finished steps are kept.
     """
+    with _serving(console):
+        from flows.continual import continual
+        from graftline.progress import shown
+
+        for overrides in runs:
+            recipe = load_recipe(path, overrides)
+            name = f"{recipe.name} {recipe.method} seed {recipe.seed}"
+            with shown(console):
+                folder = continual.with_options(flow_run_name=name)(path, dict(overrides))
+            yield folder
+
+
+def run_comparison(path: str, arguments: Mapping[str, Any], console: Console) -> str:
+    """Runs the flow `compare` once and returns the comparison's folder.
+
+    Args:
+        path: the recipe's file.
+        arguments: the flow's other arguments.
+        console: for progress bars.
+
+    Raises:
+        GraftlineError: a run cannot be done; finished steps and runs are kept.
+    """
+    with _serving(console):
+        from flows.compare import compare
+        from graftline.progress import shown
+
+        with shown(console):
+            return str(compare(path, **arguments))
+
+
+@contextmanager
+def _serving(console: Console) -> Iterator[None]:
+    """A server while the context lasts; the flows are imported while it starts."""
     with Server() as server:
         with console.status("starting") if console.is_terminal else nullcontext():
-            from flows.continual import continual
-            from graftline.progress import shown
+            import flows.continual  # noqa: F401  # it takes seconds, and so does the server
 
             server.wait()
             _quiet()
         try:
-            for overrides in runs:
-                recipe = load_recipe(path, overrides)
-                name = f"{recipe.name} {recipe.method} seed {recipe.seed}"
-                with shown(console):
-                    folder = continual.with_options(flow_run_name=name)(path, dict(overrides))
-                yield folder
+            yield
         finally:
             if server.own:
                 drain()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from graftline.costs import seconds_of
 from graftline.errors import GraftlineError
 from graftline.evaluation.report import RunScores, ScoreCell
 from graftline.evaluation.scoring import METRICS
-from graftline.execution import TIMING
-from graftline.plan import Reference, Step
+from graftline.plan import Reference
 from graftline.run_plan import PlannedScore, RunPlan
 from graftline.store import Artifact, Store
 from graftline.weight_files import read_header
@@ -52,8 +51,8 @@ def collect(
         order=recipe.order,
         cells=tuple(cells),
         wall_seconds=wall_seconds,
-        computing_seconds=_seconds(plan.steps.values(), store),
-        merging_seconds=_seconds(
+        computing_seconds=seconds_of(plan.steps.values(), store),
+        merging_seconds=seconds_of(
             (step for step in plan.steps.values() if step.kind in ("merge", "compose")), store
         ),
         storage_bits=_storage_bits(plan, store),
@@ -72,13 +71,6 @@ def _found(store: Store, reference: Reference) -> Artifact:
             f"{reference.kind} {reference.fingerprint[:12]} is not in the store; run the recipe."
         )
     return artifact
-
-
-def _seconds(steps: Iterable[Step], store: Store) -> float:
-    """What finished steps took when they were computed, whichever run did that."""
-    folders = (store.folder(step.kind, step.reference.fingerprint) for step in steps)
-    files = [folder / TIMING for folder in folders if (folder / TIMING).exists()]
-    return math.fsum(json.loads(file.read_text("utf-8"))["step_seconds"] for file in files)
 
 
 def _storage_bits(plan: RunPlan, store: Store) -> float | None:

@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -86,17 +86,8 @@ def record_version(folder: str, store: str) -> DataVersion:
             _dvc_add(target)
             building.record_files(target, source)
             known = True
-    return DataVersion(folder, md5, by_modality(sums), str(source) if known else folder)
-
-
-def by_modality(sums: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Checksums by path as modality -> split -> md5; other files are left out."""
-    found: dict[str, dict[str, str]] = {}
-    for name, md5 in sums.items():
-        modality, _, file = name.partition("/")
-        if file.endswith(".parquet") and "/" not in file:
-            found.setdefault(modality, {})[file.removesuffix(".parquet")] = md5
-    return found
+    files = building.by_modality(sums)
+    return DataVersion(folder, md5, files, str(source) if known else folder)
 
 
 @contextmanager

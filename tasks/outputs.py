@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
 
 if TYPE_CHECKING:
     from graftline.recipe import Recipe
 
 
-def report_folder(recipe: Recipe) -> Path:
-    """Where a run's report lies."""
-    return Path("reports") / recipe.name / recipe.method / f"seed-{recipe.seed}"
+def usual_order(recipe_path: Path | str) -> tuple[str, ...]:
+    """The order of modalities that a recipe's file names; empty if it names none."""
+    content = yaml.safe_load(Path(recipe_path).read_text(encoding="utf-8"))
+    return tuple(content.get("order") or ())
+
+
+def report_folder(recipe: Recipe, usual: Sequence[str]) -> Path:
+    """Where a run's report lies: runs in another order than the usual one have their own folder.
+
+    Args:
+        recipe: the recipe.
+        usual: the order that its file names.
+    """
+    folder = Path("reports") / recipe.name / recipe.method
+    if _unusual(recipe, usual):
+        folder /= f"order-{'-'.join(recipe.order)}"
+    return folder / f"seed-{recipe.seed}"
+
+
+def run_name(recipe: Recipe, usual: Sequence[str]) -> str:
+    """What people call a run: its method and seed, and its order where it is not the usual one."""
+    name = f"{recipe.method} seed {recipe.seed}"
+    return f"{name}, {' '.join(recipe.order)}" if _unusual(recipe, usual) else name
+
+
+def model_alias(recipe: Recipe, usual: Sequence[str]) -> str:
+    """The alias of a run's last model among the recipe's registered models."""
+    order = ["-".join(recipe.order)] if _unusual(recipe, usual) else []
+    return "-".join([recipe.method, *order])
 
 
 def search_file(recipe: Recipe, rule: str) -> Path:
@@ -24,16 +53,27 @@ def compose_folder(recipe_name: str) -> Path:
     return Path("reports") / recipe_name / "compose"
 
 
+def compare_folder(recipe_name: str) -> Path:
+    """Where the comparison of a recipe's methods lies."""
+    return Path("reports") / recipe_name / "compare"
+
+
 def pictures(folder: Path) -> list[Path]:
     """The paths of a report's pictures: the score matrix, the scores over stages."""
     return [folder / "scores.png", folder / "stages.png"]
 
 
 def finished_reports(recipe_name: str) -> list[Path]:
-    """Report folders of a recipe's finished runs, by method and seed."""
-    found = Path("reports", recipe_name).glob("*/seed-*/metrics.json")
-    return sorted((path.parent for path in found), key=_method_and_seed)
+    """Report folders of a recipe's finished runs, by method, order and seed."""
+    root = Path("reports", recipe_name)
+    found = [*root.glob("*/seed-*/metrics.json"), *root.glob("*/order-*/seed-*/metrics.json")]
+    folders = [path.parent for path in found]
+    return sorted(folders, key=lambda folder: (folder.relative_to(root).parts[:-1], _seed(folder)))
 
 
-def _method_and_seed(folder: Path) -> tuple[str, int]:
-    return folder.parent.name, int(folder.name.removeprefix("seed-"))
+def _unusual(recipe: Recipe, usual: Sequence[str]) -> bool:
+    return bool(usual) and tuple(usual) != recipe.order
+
+
+def _seed(folder: Path) -> int:
+    return int(folder.name.removeprefix("seed-"))

@@ -13,7 +13,6 @@ from graftline.recipe import Recipe
 from graftline.run_plan import RunPlan
 from graftline.store import Store
 from tasks import tracking
-from tasks.outputs import report_folder
 
 # bf16 folder of each backbone, in bytes; training keeps an fp32 copy and two moments beside it.
 _BACKBONE_BYTES = {"smollm2-135m-instruct": 300_000_000, "tiny-random": 2_000_000}
@@ -26,15 +25,19 @@ class PreflightError(GraftlineError):
     """What stands in the way of a run; the message lists every problem."""
 
 
-def check_folders(recipe: Recipe) -> None:
+def check_folders(recipe: Recipe, report: Path) -> None:
     """Writes a file where the run will write: its artifacts, its report, MLflow's database.
+
+    Args:
+        recipe: the recipe.
+        report: the folder of its report.
 
     Raises:
         PreflightError: lists every folder that cannot be written, and what to do.
     """
     wanted = {
         Path(recipe.store): "make it writable or choose another folder with --set store=<folder>",
-        report_folder(recipe): "move away what is in its place, or make it writable",
+        report: "move away what is in its place, or make it writable",
     }
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         wanted[tracking.FOLDER] = "move away what is in its place, or make it writable"

@@ -6,8 +6,9 @@ import json
 import re
 import resource
 import sys
+import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from graftline.costs import Costs, busy_seconds, costs_of
 from graftline.evaluation.pictures import score_matrix, scores_over_stages
 from graftline.evaluation.report import (
+    COSTS,
     RunScores,
     gains_of,
     place_scores,
+    read_report,
     split_scores,
     write_report,
 )
@@ -28,7 +32,7 @@ from graftline.results import collect
 from graftline.run_plan import RunPlan
 from graftline.store import Store
 from tasks import tracking
-from tasks.outputs import pictures, report_folder
+from tasks.outputs import pictures
 from tasks.references import DataVersion, Place
 
 _NAMES = {"final": "score", "vanilla": "vanilla", "merged": "merged", "expert": "expert"}
@@ -64,7 +68,7 @@ def record_stage(plan: RunPlan, stage: int, place: Place, data: DataVersion) -> 
 
 @task(name="write-report", cache_policy=NO_CACHE, persist_result=False)
 def write_run_report(
-    plan: RunPlan, place: Place, data: DataVersion, seconds: float, computed: int
+    plan: RunPlan, place: Place, data: DataVersion, folder: Path, seconds: float, computed: int
 ) -> str:
     """Writes `reports/...`: metrics, tables and pictures; and the run's totals to MLflow.
 
@@ -72,19 +76,28 @@ def write_run_report(
         plan: the run.
         place: where its artifacts lie.
         data: the data's version.
+        folder: where the report goes.
         seconds: how long the run took so far.
         computed: how many steps were computed and not reused. A report of the same result stays
-            as it is when there were none, so that its wall time stays the computation's.
+            as it is when there were none, so that its wall time stays the computation's; what an
+            older version did not record is added.
 
     Returns:
         The report's folder.
     """
-    folder = report_folder(plan.recipe)
-    old = _metrics(folder)
+    old = metrics_in(folder)
+    store = Store(place.store)
     if computed == 0 and old.get("fingerprint") == plan.fingerprint:
         metrics = old
+        if not has_costs(old):
+            metrics = write_report(
+                folder, replace(read_report(folder), **asdict(costs_of(plan, store)))
+            )
     else:
-        run = _collect(plan, place, data, seconds)
+        idle = max(0.0, seconds - busy_seconds(plan, store, since=time.time() - seconds))
+        run = replace(
+            _collect(plan, place, data, seconds), **asdict(costs_of(plan, store)), idle_seconds=idle
+        )
         metrics = write_report(folder, run)
     if not all(path.exists() for path in pictures(folder)) or metrics is not old:
         _draw(folder, _collect(plan, place, data, seconds))
@@ -93,8 +106,10 @@ def write_run_report(
 
 
 @task(name="register-model", cache_policy=NO_CACHE, persist_result=False)
-def register_model(plan: RunPlan, place: Place, data: DataVersion, model_id: str | None) -> None:
-    """Registers the last stage's checkpoint under the recipe's name, alias = method."""
+def register_model(
+    plan: RunPlan, place: Place, data: DataVersion, model_id: str | None, alias: str
+) -> None:
+    """Registers the last stage's checkpoint under the recipe's name, and points an alias at it."""
     if place.tracked is None or model_id is None:
         return
     recipe = plan.recipe
@@ -105,7 +120,7 @@ def register_model(plan: RunPlan, place: Place, data: DataVersion, model_id: str
         "data_md5": data.md5,
         "fingerprint": plan.fingerprint,
     }
-    tracking.register(recipe.name, model_id, place.tracked.run_id, recipe.method, tags)
+    tracking.register(recipe.name, model_id, place.tracked.run_id, alias, tags)
 
 
 def matrix_markdown(metrics: Mapping[str, Any], cells: str) -> str:
@@ -213,7 +228,7 @@ def _publish(plan: RunPlan, place: Place, folder: Path, metrics: Mapping[str, An
             key: key
             for key in (
                 "brg_mean", "retention", "text_perplexity_before", "text_perplexity_after",
-                "wall_seconds", "computing_seconds", "peak_rss_bytes",
+                "wall_seconds", "computing_seconds", "peak_rss_bytes", "joint", *COSTS,
             )
         }  # fmt: skip
         found = {n: float(metrics[k]) for k, n in names.items() if metrics.get(k) is not None}
@@ -249,9 +264,15 @@ def _matrix_rows(folder: Path, order: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _metrics(folder: Path) -> dict[str, Any]:
+def metrics_in(folder: Path) -> dict[str, Any]:
+    """What a report's `metrics.json` holds; nothing if there is none."""
     try:
         content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def has_costs(metrics: Mapping[str, Any]) -> bool:
+    """Whether a report holds all that this version derives from artifacts."""
+    return all(metrics.get(field.name) is not None for field in fields(Costs))

@@ -65,13 +65,13 @@ def experiment(name: str) -> tuple[str, str]:
 
 @contextmanager
 def tracked_run(
-    recipe: Recipe, fingerprint: str, data: DataVersion, tags: Mapping[str, str]
+    recipe: Recipe, name: str, fingerprint: str, data: DataVersion, tags: Mapping[str, str]
 ) -> Iterator[TrackedRun]:
     """A parent run while the context lasts; it ends FINISHED, FAILED or KILLED, as is true."""
     uri, experiment_id = experiment(recipe.name)
     client = _client(uri)
     run_tags = {
-        MLFLOW_RUN_NAME: f"{recipe.method} seed {recipe.seed}",
+        MLFLOW_RUN_NAME: name,
         "method": recipe.method,
         "order": ",".join(recipe.order),
         "seed": str(recipe.seed),
@@ -115,6 +115,42 @@ def end_run(uri: str, run_id: str, status: str) -> None:
             client.set_terminated(child.info.run_id, status)
         if parent.info.status == "RUNNING":
             client.set_terminated(run_id, status)
+
+
+@contextmanager
+def comparison_run(
+    experiment_name: str, name: str, tags: Mapping[str, str]
+) -> Iterator[TrackedRun | None]:
+    """A parent run for a comparison while the context lasts; its children are the methods.
+
+    Args:
+        experiment_name: the recipe's name.
+        name: of the run.
+        tags: of the run; among them `comparison`, the identity of what is compared.
+
+    Yields:
+        The run; `None` if the same comparison is recorded already.
+    """
+    uri, experiment_id = experiment(experiment_name)
+    client = _client(uri)
+    query = f"tags.comparison = '{tags['comparison']}' and attributes.status = 'FINISHED'"
+    if client.search_runs([experiment_id], query, max_results=1):
+        yield None
+        return
+    run = client.create_run(experiment_id, tags={MLFLOW_RUN_NAME: name, **tags})
+    tracked, status = TrackedRun(uri, experiment_id, run.info.run_id), "FAILED"
+    try:
+        yield tracked
+        status = "FINISHED"
+    finally:
+        end_run(uri, tracked.run_id, status)
+
+
+def method_run(tracked: TrackedRun, name: str, tags: Mapping[str, str]) -> str:
+    """Returns the id of a new child run of a comparison, for one method."""
+    own = {MLFLOW_PARENT_RUN_ID: tracked.run_id, MLFLOW_RUN_NAME: name, **tags}
+    client = _client(tracked.uri)
+    return str(client.create_run(tracked.experiment_id, tags=own).info.run_id)
 
 
 def stage_run(tracked: TrackedRun, stage: int) -> str:

@@ -43,7 +43,8 @@ def test_wheel_works_in_a_clean_environment(tmp_path):
         "import flows.cli, flows.continual, tasks.steps, graftline.execution as e, graftline\n"
         "from pathlib import Path\n"
         "print(Path(graftline.__file__).parent)\n"
-        "assert list(Path(e.__file__).parent.glob('evaluation/*.txt'))"
+        "assert list(Path(e.__file__).parent.glob('evaluation/*.txt'))\n"
+        "assert list(Path(e.__file__).parent.glob('evaluation/*.html'))"
     )
     done = subprocess.run(
         [str(python), "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True

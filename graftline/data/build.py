@@ -267,3 +267,13 @@ def verify(folder: Path, data_dvc: Path) -> list[str]:
         elif found[name] != expected[name]:
             lines.append(f"{folder / name}: differs (md5 {found[name]}, recorded {expected[name]})")
     return lines
+
+
+def by_modality(sums: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Checksums by path as modality -> split -> md5; other files are left out."""
+    found: dict[str, dict[str, str]] = {}
+    for name, md5 in sums.items():
+        modality, _, file = name.partition("/")
+        if file.endswith(".parquet") and "/" not in file:
+            found.setdefault(modality, {})[file.removesuffix(".parquet")] = md5
+    return found

@@ -67,6 +67,82 @@ class Interval:
     undefined: float = field(default=0.0)
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """Statistics of some runs and of their bootstrap replicates.
+
+    Attributes:
+        points: Name to the statistic of each seed (or other run), `None` where undefined.
+        tables: Name to float64 of shape (seeds, replicates), NaN where undefined.
+        weights: Float64 of shape (seeds, replicates): each seed's share in each replicate.
+        sizes: Number of examples of each (modality, task) of one seed.
+    """
+
+    points: Mapping[str, tuple[float | None, ...]]
+    tables: Mapping[str, Floats]
+    weights: Floats
+    sizes: Mapping[tuple[str, str], int]
+
+    @property
+    def n_examples(self) -> int:
+        """Test examples, of all modalities and tasks together, of one seed."""
+        return sum(self.sizes.values())
+
+    def interval(self, name: str, level: float = 0.95) -> Interval:
+        """Interval of one statistic, averaged over seeds."""
+        return _percentiles(
+            self.points[name], self.tables[name], self.weights, level, self.n_examples
+        )
+
+    def among(self, seeds: Sequence[int], draw: int = 0) -> Resampled:
+        """Some of the seeds (by their places), weighted anew among themselves by seed `draw`."""
+        rows = list(seeds)
+        replicates = self.weights.shape[1]
+        return Resampled(
+            {name: tuple(values[row] for row in rows) for name, values in self.points.items()},
+            {name: table[rows] for name, table in self.tables.items()},
+            _seed_weights(len(rows), replicates, np.random.default_rng(draw)),
+            self.sizes,
+        )
+
+    def with_numbers(self, name: str, numbers: Sequence[float | None]) -> Resampled:
+        """A number of each seed more, which does not depend on the examples drawn."""
+        column = np.array([math.nan if value is None else value for value in numbers])
+        table = np.repeat(column[:, None], self.weights.shape[1], axis=1)
+        return Resampled(
+            {**self.points, name: tuple(numbers)},
+            {**self.tables, name: table},
+            self.weights,
+            self.sizes,
+        )
+
+    def minus(self, other: Resampled) -> Resampled:
+        """Paired differences of the statistics that both have, replicate by replicate.
+
+        Raises:
+            EvaluationError: The two were not resampled alike, so that nothing is paired.
+        """
+        if self.sizes != other.sizes or not np.array_equal(self.weights, other.weights):
+            raise EvaluationError(
+                "differences need the same test examples, the same number of runs and the same "
+                f"draws: {dict(self.sizes)} and {dict(other.sizes)}, "
+                f"{len(self.weights)} and {len(other.weights)} runs"
+            )
+        names = [name for name in self.points if name in other.points]
+        return Resampled(
+            {
+                name: tuple(
+                    None if mine is None or theirs is None else mine - theirs
+                    for mine, theirs in zip(self.points[name], other.points[name], strict=True)
+                )
+                for name in names
+            },
+            {name: self.tables[name] - other.tables[name] for name in names},
+            self.weights,
+            self.sizes,
+        )
+
+
 def interval(
     cells_per_seed: Sequence[Mapping[Key, Cell]],
     statistic: Callable[[Mapping[Key, float]], float | None],
@@ -119,10 +195,37 @@ def intervals(
         EvaluationError: There is no seed or no cell, seeds or cells do not match one another, a
             score is not finite, or a parameter is out of range.
     """
-    if replicates < 1 or not 0.0 < level < 1.0:
-        raise EvaluationError(
-            f"replicates {replicates} must be >= 1 and level {level} within (0, 1)"
-        )
+    if not 0.0 < level < 1.0:
+        raise EvaluationError(f"level {level} must be within (0, 1)")
+    found = resample(cells_per_seed, statistics, replicates, seed)
+    return {name: found.interval(name, level) for name in found.points}
+
+
+def resample(
+    cells_per_seed: Sequence[Mapping[Key, Cell]],
+    statistics: Callable[[Mapping[Key, float]], Mapping[str, float | None]],
+    replicates: int = 2000,
+    seed: int = 0,
+) -> Resampled:
+    """Statistics of every bootstrap replicate, from which intervals and differences are taken.
+
+    What is drawn depends on the numbers of examples and of seeds alone: two methods that answered
+    the same questions meet the same draws, so that their replicates are paired.
+
+    Args:
+        cells_per_seed: As for `interval`.
+        statistics: As for `intervals`.
+        replicates: Bootstrap replicates, at least 1.
+        seed: Seed of the resampling.
+
+    Returns:
+        The statistics of each seed, and of each seed in each replicate.
+
+    Raises:
+        EvaluationError: As for `intervals`.
+    """
+    if replicates < 1:
+        raise EvaluationError(f"replicates {replicates} must be >= 1")
     seeds = [{key: _arrays(key, cell) for key, cell in cells.items()} for cells in cells_per_seed]
     sizes = _sizes(cells_per_seed, seeds)
     generator = np.random.default_rng(seed)
@@ -130,19 +233,17 @@ def intervals(
     keys = list(cells_per_seed[0])
     points = [statistics(dict(zip(keys, row.tolist(), strict=True))) for row in observed]
     names = list(points[0])
-    table = np.full((len(seeds), replicates, len(names)), np.nan)
+    table = np.full((len(names), len(seeds), replicates), np.nan)
     for s, per_seed in enumerate(resampled):
         for r, row in enumerate(per_seed.tolist()):
             found = statistics(dict(zip(keys, row, strict=True)))
-            table[s, r] = [math.nan if (v := found[name]) is None else v for name in names]
-    weights = _seed_weights(len(seeds), replicates, generator)
-    n_examples = sum(sizes.values())
-    return {
-        name: _percentiles(
-            [point[name] for point in points], table[:, :, i], weights, level, n_examples
-        )
-        for i, name in enumerate(names)
-    }
+            table[:, s, r] = [math.nan if (v := found[name]) is None else v for name in names]
+    return Resampled(
+        points={name: tuple(point[name] for point in points) for name in names},
+        tables=dict(zip(names, table, strict=True)),
+        weights=_seed_weights(len(seeds), replicates, generator),
+        sizes=sizes,
+    )
 
 
 def _arrays(key: object, cell: Cell) -> dict[str, Floats]:

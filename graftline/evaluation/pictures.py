@@ -8,10 +8,8 @@ readers, and no fact is told by colour alone.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -21,22 +19,28 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from graftline.durable import atomic_write_bytes
 from graftline.evaluation import EvaluationError
 from graftline.evaluation.bootstrap import Interval
 from graftline.evaluation.gains import ModalityScores, StageScores
+from graftline.evaluation.style import (
+    COLOURS,
+    INK,
+    MARKERS,
+    MUTED,
+    STYLE,
+    label_ends,
+    open_frame,
+    save,
+    words,
+)
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B8558F", "#8C6D00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_INK, _MUTED, _RULE = "#222222", "#666666", "#d0d0d0"
 _BLUES = LinearSegmentedColormap.from_list(
     "graftline_blues", ["#f4f8fc", "#c9ddf0", "#8fbbdd", "#4a90c2", "#1b5f9e", "#0b3566"]
 )
 _WIDTH_INCHES, _DOTS_PER_INCH = 8.0, 150
-_STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 12, "text.usetex": False}
 
 
-@rc_context(_STYLE)
+@rc_context(STYLE)
 def score_matrix(
     path: Path | str,
     order: Sequence[str],
@@ -72,26 +76,26 @@ def score_matrix(
             if modality in values:
                 _cell(axes, x, y, values[modality], norm)
     if bottom > rule:
-        axes.axhline(rule, color=_MUTED, lw=1.0)
+        axes.axhline(rule, color=MUTED, lw=1.0)
     if staged:
         _outline_diagonal(axes, order, scores, [y for y, _, _ in rows])
     axes.set_xlim(-0.5, count - 0.5)
     axes.set_ylim(bottom + 0.02, 0.48)
-    axes.set_xticks(range(count), [_words(m) for m in order])
+    axes.set_xticks(range(count), [words(m) for m in order])
     axes.set_yticks([y for y, _, _ in rows], [label for _, label, _ in rows])
     axes.xaxis.tick_top()
-    axes.tick_params(length=0, colors=_INK)
+    axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(ScalarMappable(norm, _BLUES), ax=axes, fraction=0.035, pad=0.025)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, colors=_MUTED, labelsize=10)
+    bar.ax.tick_params(length=0, colors=MUTED, labelsize=10)
     note = "Test score (0 to 1) of each modality."
     note += " Outlined: the score when it was learned." if staged else ""
     _titles(figure, title or "Score matrix", note)
-    _save(figure, path)
+    save(figure, path)
 
 
-@rc_context(_STYLE)
+@rc_context(STYLE)
 def scores_over_stages(
     path: Path | str,
     order: Sequence[str],
@@ -122,7 +126,7 @@ def scores_over_stages(
     ends: list[tuple[float, str, str]] = []
     seen: list[float] = []
     for index, modality in enumerate(order):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         stages = [i for i in range(1, count + 1) if modality in scores.get(i, {})]
         values = [scores[i][modality] for i in stages]
         references = [known.get(modality) if known else None for known in (vanilla, experts)]
@@ -134,18 +138,18 @@ def scores_over_stages(
     low, high = (0.0 if low < 0.3 else low), max([1.0, *seen]) + 0.02
     axes.set_ylim(low, high)
     axes.set_xlim(1 - 0.25, count + 0.2)
-    _label_ends(axes, ends, count + 0.16, (high - low) * 0.062, (low, high))
-    axes.set_xticks(range(1, count + 1), [f"{i}\n+ {_words(m)}" for i, m in enumerate(order, 1)])
-    axes.set_xlabel("stage", color=_MUTED)
-    _open_frame(axes)
+    label_ends(axes, ends, count + 0.16, (high - low) * 0.062, (low, high))
+    axes.set_xticks(range(1, count + 1), [f"{i}\n+ {words(m)}" for i, m in enumerate(order, 1)])
+    axes.set_xlabel("stage", color=MUTED)
+    open_frame(axes)
     parts = ["Test score of each modality after each stage."]
     parts += ["Hollow: vanilla."] if vanilla else []
     parts += ["Dashed: expert."] if experts else []
     _titles(figure, title or "Scores over stages", " ".join(parts))
-    _save(figure, path)
+    save(figure, path)
 
 
-@rc_context(_STYLE)
+@rc_context(STYLE)
 def retention_against_storage(
     path: Path | str, points: Sequence[tuple[str, float, Interval]], title: str = ""
 ) -> None:
@@ -165,7 +169,7 @@ def retention_against_storage(
     figure, axes = _figure(5.6)
     groups: dict[float, list[tuple[float, str, str]]] = {}
     for number, (name, bits, retention) in enumerate(points):
-        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         value = retention.estimate or 0.0
         known = retention.low is not None and retention.high is not None
         spread = [[value - (retention.low or 0.0)], [(retention.high or 0.0) - value]]
@@ -178,13 +182,13 @@ def retention_against_storage(
     axes.set_xlim(0.0, 1.3 * largest)
     axes.set_ylim(0.0, 110.0)
     for at, ends in groups.items():
-        _label_ends(axes, ends, at + 0.025 * largest, 4.6, (0.0, 110.0), ".1f")
-    axes.axhline(100.0, color=_MUTED, lw=1.0, ls=(0, (4, 3)), zorder=1)
-    axes.set_xlabel("bits stored for each parameter of the backbone", color=_MUTED)
-    axes.set_ylabel("retention in %", color=_MUTED)
-    _open_frame(axes)
+        label_ends(axes, ends, at + 0.025 * largest, 4.6, (0.0, 110.0), ".1f")
+    axes.axhline(100.0, color=MUTED, lw=1.0, ls=(0, (4, 3)), zorder=1)
+    axes.set_xlabel("bits stored for each parameter of the backbone", color=MUTED)
+    axes.set_ylabel("retention in %", color=MUTED)
+    open_frame(axes)
     _titles(figure, title or "Retention against storage", "Dashed: the experts, each alone.")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _matrix_rows(
@@ -200,7 +204,7 @@ def _matrix_rows(
     for stage, added in enumerate(order, start=1):
         if stage in scores:
             bottom += 1.0
-            label = f"after stage {stage}\n+ {_words(added)}" if staged else "last model"
+            label = f"after stage {stage}\n+ {words(added)}" if staged else "last model"
             rows.append((bottom - 0.5, label, scores[stage]))
     rule = bottom + 0.15
     for name, values in (("vanilla", vanilla), ("expert", experts)):
@@ -219,7 +223,7 @@ def _outline_diagonal(
     for i, modality in enumerate(order):
         if modality in scores.get(i + 1, {}):
             corner = (i - 0.46, heights[i + 1] - 0.46)
-            axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, ec=_INK, lw=2.5))
+            axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, ec=INK, lw=2.5))
 
 
 def _line(
@@ -231,7 +235,7 @@ def _line(
     count: int,
 ) -> None:
     """One modality's line, its vanilla score as a hollow marker, its expert's as a dashed line."""
-    colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
     vanilla, expert = references
     if expert is not None:
         span = [index + 1 - 0.12, count + 0.12]
@@ -250,63 +254,18 @@ def _check_order(order: Sequence[str]) -> int:
     return len(order)
 
 
-def _words(modality: str) -> str:
-    return modality.replace("_", " ")
-
-
 def _figure(height_inches: float) -> tuple[Figure, Axes]:
     figure = Figure((_WIDTH_INCHES, height_inches), dpi=_DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
 
-def _open_frame(axes: Axes) -> None:
-    """Lines across, and no box around them."""
-    axes.tick_params(length=0, colors=_INK)
-    axes.grid(axis="y", color=_RULE, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_RULE)
-
-
 def _titles(figure: Figure, title: str, note: str) -> None:
-    figure.suptitle(title, x=0.015, ha="left", size=15, weight="bold", color=_INK)
-    figure.supxlabel(note, x=0.015, ha="left", size=11, color=_MUTED)
+    figure.suptitle(title, x=0.015, ha="left", size=15, weight="bold", color=INK)
+    figure.supxlabel(note, x=0.015, ha="left", size=11, color=MUTED)
 
 
 def _cell(axes: Axes, x: float, y: float, value: float, norm: Normalize) -> None:
     axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fc=_BLUES(norm(value)), ec="none"))
-    ink = "white" if value > 0.55 else _INK
+    ink = "white" if value > 0.55 else INK
     axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=ink, size=13)
-
-
-def _label_ends(
-    axes: Axes,
-    ends: Sequence[tuple[float, str, str]],
-    x: float,
-    gap: float,
-    limits: tuple[float, float],
-    digits: str = ".2f",
-) -> None:
-    """Write each line's name and last score beside its end, at least `gap` apart."""
-    ordered = sorted(ends, key=lambda end: (end[0], end[1]))
-    heights = [value for value, _, _ in ordered]
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    overflow = max(0.0, heights[-1] - (limits[1] - gap / 2)) if heights else 0.0
-    ceiling = (heights[-1] - overflow) if heights else 0.0
-    for i in reversed(range(len(heights))):
-        heights[i] = min(heights[i], ceiling)
-        ceiling = heights[i] - gap
-    for height, (value, modality, colour) in zip(heights, ordered, strict=True):
-        axes.text(
-            x, height, f"{_words(modality)} {value:{digits}}", color=colour, va="center", size=12,
-            weight="bold", clip_on=False, zorder=2,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
-        )  # fmt: skip
-
-
-def _save(figure: Figure, path: Path | str) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
-    atomic_write_bytes(path, content.getvalue())

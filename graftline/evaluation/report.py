@@ -32,6 +32,15 @@ Place = tuple[str, int, str]
 CSV_COLUMNS = ("stage", "stage_modality", "modality", "task", "point", "metric", "score", "n")
 _EXAMPLE_COLUMNS = ("stage", "stage_modality", "modality", "task", "point", "metric", "scores")
 HEADLINES = ("brg", "brg_mean", "frg_mean", "retention")
+COSTS = (
+    "trained_parameters",
+    "stored_bytes_per_modality",
+    "replay_rows",
+    "training_seconds",
+    "evaluating_seconds",
+    "idle_seconds",
+)
+"""What reports of earlier versions may lack: metrics and fields of `RunScores`."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,12 @@ class RunScores:
         text_perplexity_before: Perplexity of the held-out text under the untouched base.
         text_perplexity_after: The same under the last model.
         storage_bits: What the last model's backbones take, in bits a parameter of one backbone.
+        trained_parameters: The most weights that one training step changed.
+        stored_bytes_per_modality: What answering needs beyond one backbone, by modality.
+        replay_rows: Training rows of all modalities that were kept for later stages.
+        training_seconds: What the training of the last model took, all stages together.
+        evaluating_seconds: What all evaluations took.
+        idle_seconds: Part of `wall_seconds` in which no step computed: data, records, waiting.
     """
 
     recipe: str
@@ -117,6 +132,12 @@ class RunScores:
     text_perplexity_before: float | None = None
     text_perplexity_after: float | None = None
     storage_bits: float | None = None
+    trained_parameters: int | None = None
+    stored_bytes_per_modality: float | None = None
+    replay_rows: int | None = None
+    training_seconds: float | None = None
+    evaluating_seconds: float | None = None
+    idle_seconds: float | None = None
 
     def __post_init__(self) -> None:
         seen: set[tuple[Place, str]] = set()
@@ -251,6 +272,7 @@ def metrics_of(run: RunScores, replicates: int = 2000) -> dict[str, Any]:
         "computing_seconds": run.computing_seconds,
         "merging_seconds": run.merging_seconds,
         "storage_bits": run.storage_bits,
+        **{name: getattr(run, name) for name in COSTS},
         "peak_rss_bytes": run.peak_rss_bytes,
         "data_md5": run.data_md5,
         "fingerprint": run.fingerprint,
@@ -303,6 +325,7 @@ def read_report(folder: Path) -> RunScores:
         with (folder / "examples.csv").open(encoding="utf-8", newline="") as stream:
             cells = tuple(_cell(row) for row in csv.DictReader(stream))
         scalars = {name: metrics[name] for name in _SCALARS}
+        scalars |= {name: metrics.get(name) for name in COSTS}  # older reports have none
         return RunScores(order=tuple(metrics["order"]), cells=cells, **scalars)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise EvaluationError(

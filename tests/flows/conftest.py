@@ -18,7 +18,10 @@ import pytest
 from graftline.data.build import build
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMES = ("wall_seconds", "computing_seconds", "merging_seconds", "peak_rss_bytes")
+TIMES = (
+    "wall_seconds", "computing_seconds", "merging_seconds", "training_seconds",
+    "evaluating_seconds", "idle_seconds", "peak_rss_bytes",
+)  # fmt: skip
 SIZES = {"train": 64, "validation": 16, "test": 16}
 
 

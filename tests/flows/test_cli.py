@@ -48,6 +48,11 @@ def test_help_is_quick_and_complete():
         (["run", "params/tiny.yaml", "--set", "replay.fracton=1"], 1, ["did you mean 'fraction'"]),
         (["run", "params/tiny.yaml", "--set", "seed"], 1, ["key=value"]),
         (["run", "params/tiny.yaml", "--set", "align.steps=0"], 1, ["align.steps"]),
+        (
+            ["compare", "params/tiny.yaml", "--methods", "merra", "--seeds", "x"],
+            1,
+            ["2 problem(s)", "did you mean 'mera'", "'x'"],
+        ),
     ],
 )
 def test_mistakes_are_named(arguments, code, words):

@@ -32,8 +32,9 @@ def page(url: str, profile: str) -> str:
 @pytest.fixture
 def address(copy):
     """Where `graftline ui` serves the MLflow of a working copy with two methods' runs."""
-    code, text = copy.run("run", "params/tiny.yaml", "--method", "finetune")
+    code, text = copy.run("compare", "params/tiny.yaml", "--methods", "mera,finetune")
     assert code == 0, text
+    assert "mera seed 0: finished before" in text
     process = copy.start("ui", "--mlflow-port", "0", "--prefect-port", "0")
     lines = []
     while not (found := re.search(r"MLflow:\s+(http://127.0.0.1:\d+)", "".join(lines))):
@@ -47,8 +48,8 @@ def address(copy):
 
 
 def test_brg_and_scores_of_two_methods_are_drawn_over_stages(copy, address, tmp_path):
-    names = ("mera seed 0", "finetune seed 0")
-    rows = copy.mlflow("select name, run_uuid, experiment_id from runs where name like '%seed 0'")
+    names = ("mera seed 0", "finetune seed 0", "mera over 1 run(s)", "finetune over 1 run(s)")
+    rows = copy.mlflow("select name, run_uuid, experiment_id from runs order by name")
     runs = {name: run for name, run, _ in rows}
     chosen = quote(json.dumps([runs[name] for name in names]))
     experiment = quote(json.dumps([str(rows[0][2])]))
@@ -61,5 +62,5 @@ def test_brg_and_scores_of_two_methods_are_drawn_over_stages(copy, address, tmp_
     for name in names:
         for metric in ("score.image", "BRG"):
             assert f"{name} ({metric})" in dom
-    assert len(re.findall('class="js-line"', dom)) >= 4
+    assert len(re.findall('class="js-line"', dom)) >= 8
     assert "Error while loading" not in dom

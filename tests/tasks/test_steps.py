@@ -8,12 +8,14 @@ from typing import get_args
 
 import pytest
 
+from graftline.data.build import by_modality
 from graftline.durable import StoreUnwritable
 from graftline.errors import GraftlineError
 from graftline.recipe import ContinualName, load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
-from tasks.data import by_modality, inside_dvc
+from tasks.data import inside_dvc
+from tasks.outputs import report_folder, usual_order
 from tasks.preflight import bytes_needed, check_disk, check_folders
 from tasks.steps import TASKS, by_stage, is_passing, unfinished
 from tasks.tracking import flat
@@ -86,17 +88,28 @@ def test_disk_estimate(tmp_path, monkeypatch):
 
 def test_every_unwritable_folder_is_named_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    check_folders(load_recipe(TINY))
+    recipe = load_recipe(TINY)
+    report = report_folder(recipe, recipe.order)
+    check_folders(recipe, report)
     assert list(tmp_path.iterdir()) == []
     for name in ("artifacts", "reports", "mlruns"):
         (tmp_path / name).write_text("in the way")
     with pytest.raises(GraftlineError) as raised:
-        check_folders(load_recipe(TINY))
+        check_folders(recipe, report)
     lines = str(raised.value).splitlines()
     assert [line.split(":")[0] for line in lines] == [
         "artifacts", "reports/tiny/mera/seed-0", "mlruns"
     ]  # fmt: skip
     assert all("cannot be written" in line for line in lines)
+
+
+def test_another_order_has_a_report_of_its_own():
+    usual = load_recipe(TINY)
+    turned = load_recipe(TINY, {"order": ["audio", "image"]})
+    assert report_folder(usual, usual.order) == Path("reports/tiny/mera/seed-0")
+    assert report_folder(turned, usual.order) == Path("reports/tiny/mera/order-audio-image/seed-0")
+    assert report_folder(turned, turned.order) == report_folder(usual, usual.order)
+    assert usual_order(TINY) == usual.order
 
 
 def test_checksums_by_modality():

@@ -1,0 +1,90 @@
+"""`graftline compare`: every method side by side, over orders and seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.options import RecipePath, Settings, Verbose, checked, console, out, overrides_of
+from graftline.errors import GraftlineError
+from tasks.environment import prepare
+
+if TYPE_CHECKING:
+    from graftline.comparison import Comparison
+    from graftline.recipe import Recipe
+
+
+def compare(
+    recipe: RecipePath,
+    methods: Annotated[
+        str, typer.Option(help="Methods, with commas between them; all continual ones if left out.")
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas between them.")] = "",
+    orders: Annotated[
+        str,
+        typer.Option(
+            help="default; latin: each modality once in each place; all; or a,b,c,d;b,a,d,c;..."
+        ),
+    ] = "default",
+    order_seeds: Annotated[
+        str | None,
+        typer.Option(metavar="SEEDS", help="Seeds of orders other than the recipe's."),
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another recipe's name, whose reports come beside."),
+    ] = None,
+    settings: Settings = None,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Only say what is cached and what must run.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare methods over orders and seeds; what is finished already is reused."""
+    prepare(verbose=verbose)
+    overrides = overrides_of(None, None, settings)
+    chosen = checked(recipe, overrides)
+    arguments: dict[str, Any] = {
+        "methods": [name for name in methods.split(",") if name.strip()],
+        "seeds": seeds or str(chosen.seed),
+        "orders": orders,
+        "order_seeds": order_seeds,
+    }
+    from graftline.comparison import comparison_of
+
+    wanted = comparison_of(chosen.order, **arguments)  # its problems, before anything starts
+    text = _budget(recipe, chosen, wanted, overrides)
+    if budget:
+        if text is None:
+            raise GraftlineError(
+                f"{chosen.data.folder} holds no data yet, so nothing can be planned; run: "
+                "graftline data build"
+            )
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+        return
+    console.print(text or "data must be built first", markup=False, highlight=False, soft_wrap=True)
+    from flows.running import run_comparison
+
+    rest = {"also": also or [], "overrides": overrides}
+    folder = Path(run_comparison(str(recipe), {**arguments, **rest}, console))
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    out.print(table, markup=False, highlight=False, soft_wrap=True)
+    for path in sorted(folder.iterdir()):
+        out.print(str(path), soft_wrap=True)
+
+
+def _budget(
+    path: Path, recipe: Recipe, wanted: Comparison, overrides: dict[str, Any]
+) -> str | None:
+    """What the comparison will cost; `None` while there are no data to plan with."""
+    folder = Path(recipe.data.folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    from graftline.budget import budget_of, plans_of
+    from graftline.data.build import by_modality, checksums
+    from graftline.store import Store
+
+    plans = plans_of(str(path), wanted, overrides, by_modality(checksums(folder)))
+    return budget_of([plan for _, plan in plans], Store(recipe.store, verify="quick")).text()

@@ -1,0 +1,98 @@
+"""Methods side by side: runs of `continual` over orders and seeds, then their comparison."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.continual import continual
+from flows.data import version_data
+from graftline.budget import plans_of
+from graftline.comparison import BASELINE, comparison_of
+from graftline.plan import Reference
+from graftline.recipe import load_recipe
+from graftline.store import Store
+from tasks.comparing import (
+    comparison_tags,
+    computing_seconds,
+    is_finished,
+    record_comparison,
+    reports_of,
+    write_comparison,
+)
+from tasks.interruption import closed_when_stopped
+from tasks.outputs import compare_folder, report_folder, run_name, usual_order
+from tasks.preflight import check_folders
+from tasks.records import recorded_run
+from tasks.stale import close_dead_runs, close_own_run
+from tasks.tracking import comparison_run
+
+_log = logging.getLogger("tasks.comparing")
+
+
+@flow(name="compare", persist_result=False, validate_parameters=False)
+def compare(
+    recipe_path: str,
+    methods: Sequence[str] = (),
+    seeds: str = "0",
+    orders: str = "default",
+    order_seeds: str | None = None,
+    also: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> str:
+    """Runs what a comparison still lacks, and compares.
+
+    Stages that runs share are computed once; finished runs are not run again.
+
+    Args:
+        recipe_path: `params/*.yaml`.
+        methods: names of methods; every continual one if empty.
+        seeds: numbers with commas between them.
+        orders: `default`, `latin`, `all` or a list; see `graftline.comparison`.
+        order_seeds: the seeds of other orders than the recipe's; the same if `None`.
+        also: names of other recipes whose finished reports come beside, if they have all runs.
+        overrides: dotted key -> value, for all runs; wins over the file.
+
+    Returns:
+        The comparison's folder.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    wanted = comparison_of(recipe.order, methods, seeds, orders, order_seeds)
+    others = {
+        label: paths for name in also for label, paths in reports_of(name, wanted.places).items()
+    }
+    usual, folder = usual_order(recipe_path), compare_folder(recipe.name)
+    check_folders(recipe, folder)
+    close_dead_runs(recipe.store)
+    with (
+        recorded_run(recipe.store) as record,
+        closed_when_stopped(lambda: close_own_run(record)),
+    ):
+        record.note(prefect_flow_run=str(flow_run.id))
+        data = version_data(recipe.data.folder, recipe.store)
+        groups: dict[str, list[Path]] = {method: [] for method in wanted.methods}
+        plans, done = plans_of(recipe_path, wanted, overrides or {}, data.files), set[Reference]()
+        for run, plan in plans:
+            report = report_folder(plan.recipe, usual)
+            name = run_name(plan.recipe, usual)
+            if is_finished(plan, report, done):
+                _log.info("%s: finished before", name)
+            else:
+                titled = continual.with_options(flow_run_name=f"{recipe.name} {name}")
+                titled(recipe_path, run.changes(overrides or {}))
+            groups[run.method].append(report)
+        baseline = BASELINE if BASELINE in groups else None
+        computing = computing_seconds([plan for _, plan in plans], Store(recipe.store))
+        reports = {**groups, **others}
+        found = write_comparison(recipe.name, reports, baseline, computing, folder)
+        title = f"comparison of {len(found.methods)} methods"
+        with comparison_run(recipe.name, title, comparison_tags(found)) as tracked:
+            if tracked is not None:
+                record.note(mlflow_uri=tracked.uri, mlflow_run=tracked.run_id)
+                record_comparison(found, tracked, folder)
+    return str(folder)

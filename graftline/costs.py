@@ -1,0 +1,228 @@
+"""What a run's model costs: weights trained, bytes and rows kept, seconds; from its artifacts.
+
+A step counts by its kind: what is neither preparation, evaluation nor merging is training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from graftline.data.examples import ROWS, replay_rows
+from graftline.evaluation.report import JOINT
+from graftline.execution import TIMING
+from graftline.plan import Reference, Step
+from graftline.run_plan import RunPlan
+from graftline.store import Store
+from graftline.weight_files import Entry, read_header
+
+Activity = Literal["training", "evaluation", "merging", "preparation"]
+_ACTIVITIES: dict[str, Activity] = {
+    "backbone": "preparation",
+    "features": "preparation",
+    "evaluate": "evaluation",
+    "evaluate-joint": "evaluation",
+    "perplexity": "evaluation",
+    "merge": "merging",
+    "compose": "merging",
+    "adapters": "merging",
+}
+_CHUNK = 1 << 20  # numbers compared at once
+_SHIFT = np.uint32(16)  # bfloat16 is the upper half of a float32
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run's last model cost and takes.
+
+    Attributes:
+        trained_parameters: The most weights that one training step of its lineage changed; with
+            LoRA those of the low-rank factors.
+        stored_bytes_per_modality: What answering needs beyond one backbone, by modality: the
+            connector, and masks, adapters or further backbones where the method keeps them.
+        replay_rows: Training rows of all modalities that are kept for later stages.
+        training_seconds: What the training steps of its lineage took when they were computed.
+        evaluating_seconds: What all evaluations of the run took.
+    """
+
+    trained_parameters: int
+    stored_bytes_per_modality: float
+    replay_rows: int
+    training_seconds: float
+    evaluating_seconds: float
+
+
+def costs_of(plan: RunPlan, store: Store) -> Costs:
+    """The costs of a finished run."""
+    behind = [plan.steps[part] for part in lineage(plan)]
+    training = [step for step in behind if activity(step.kind) == "training"]
+    asked = [step for step in plan.steps.values() if activity(step.kind) == "evaluation"]
+    return Costs(
+        trained_parameters=max((_changed(step, store) for step in training), default=0),
+        stored_bytes_per_modality=_bytes_beyond_backbone(plan, store) / len(plan.recipe.order),
+        replay_rows=_rows_kept(plan, training, store),
+        training_seconds=seconds_of(training, store),
+        evaluating_seconds=seconds_of(asked, store),
+    )
+
+
+def activity(kind: str) -> Activity:
+    """What a step of a kind is doing."""
+    return _ACTIVITIES.get(kind, "training")
+
+
+def seconds_of(steps: Iterable[Step], store: Store) -> float:
+    """What finished steps took when they were computed, whichever run did that."""
+    return math.fsum(seconds for step in steps if (seconds := step_seconds(step, store)))
+
+
+def step_seconds(step: Step, store: Store) -> float | None:
+    """What a finished step took; `None` if it is not there."""
+    file = _timing(step, store)
+    return float(json.loads(file.read_text("utf-8"))["step_seconds"]) if file.exists() else None
+
+
+def busy_seconds(plan: RunPlan, store: Store, since: float) -> float:
+    """Wall time after `since` (seconds since the epoch) in which some step of a plan computed."""
+    spans = []
+    for step in plan.steps.values():
+        seconds = step_seconds(step, store)
+        end = _timing(step, store).stat().st_mtime if seconds is not None else 0.0
+        if seconds is not None and end > since:
+            spans.append((max(since, end - seconds), end))
+    busy, reached = 0.0, since
+    for start, end in sorted(spans):
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return busy
+
+
+def _timing(step: Step, store: Store) -> Path:
+    return store.folder(step.kind, step.reference.fingerprint) / TIMING
+
+
+def model_parts(plan: RunPlan, stage: int | None = None) -> dict[str, set[Reference]]:
+    """Role -> parts of the model at a stage's end, as evaluated.
+
+    Args:
+        plan: the run.
+        stage: its index; the last if `None`. Where there are no stages, all experts are parts.
+    """
+    chosen = stage or (plan.stages[-1].index if plan.stages else 0)
+    point = "final" if plan.stages else "expert"
+    found: dict[str, set[Reference]] = {}
+    for score in plan.scores:
+        if score.point == point and score.stage == chosen and score.modality != JOINT:
+            for role, parent in plan.steps[score.reference].parents.items():
+                if not role.startswith("features."):
+                    found.setdefault(role, set()).add(parent)
+    return found
+
+
+def lineage(plan: RunPlan, stage: int | None = None) -> list[Reference]:
+    """All steps that the model at a stage's end comes from; the last if `None`."""
+    waiting = [part for parts in model_parts(plan, stage).values() for part in parts]
+    seen: dict[Reference, None] = {}
+    while waiting:
+        reference = waiting.pop()
+        if reference not in seen:
+            seen[reference] = None
+            waiting += plan.steps[reference].parents.values()
+    return list(seen)
+
+
+def _bytes_beyond_backbone(plan: RunPlan, store: Store) -> float:
+    files: dict[Path, int] = {}
+    own: list[int] = []
+    for role, parts in sorted(model_parts(plan).items()):
+        for part in parts:
+            folder = store.folder(part.kind, part.fingerprint)
+            group, _, modality = role.partition(".")
+            if group == "connector":
+                paths = [folder / f"connector-{modality}.safetensors"]
+            else:
+                inner = folder / "backbone"
+                paths = sorted((inner if inner.is_dir() else folder).rglob("*.safetensors"))
+            files |= {path: _size(path) for path in paths}
+            if role == "backbone":
+                own.append(sum(files[path] for path in paths if path.parent == folder / "backbone"))
+    return sum(files.values()) - max(own)
+
+
+def _size(file: Path) -> int:
+    return sum(entry.size for entry in read_header(file).values())
+
+
+def _rows_kept(plan: RunPlan, training: Iterable[Step], store: Store) -> int:
+    """Rows that steps with a `fraction` were given of; all, where one step sees all modalities."""
+    counts = {
+        step.parameters["modality"]: _train_rows(step, store)
+        for step in plan.steps.values()
+        if step.kind == "features"
+    }
+    kept = dict.fromkeys(counts, 0)
+    for step in training:
+        fraction = step.parameters.get("fraction")
+        together = len(step.parameters.get("modalities", ())) > 1
+        for role in step.parents:
+            group, _, modality = role.partition(".")
+            if group == "features" and (fraction is not None or together):
+                count = counts[modality]
+                rows = count if fraction is None else len(replay_rows(count, fraction, 0))
+                kept[modality] = max(kept[modality], rows)
+    return sum(kept.values())
+
+
+def _train_rows(step: Step, store: Store) -> int:
+    file = store.folder(step.kind, step.reference.fingerprint) / "train" / ROWS
+    return int(pq.read_metadata(file).num_rows)
+
+
+def _changed(step: Step, store: Store) -> int:
+    """Weights in the model's tensors of a step's artifact that none of its parents holds so."""
+    folder = store.folder(step.kind, step.reference.fingerprint)
+    parents = [store.folder(p.kind, p.fingerprint) for p in step.parents.values()]
+    rank = step.parameters["lora"]["rank"] if step.parameters.get("mode") == "lora" else None
+    count = 0
+    for file in [*folder.glob("backbone/*.safetensors"), *folder.glob("connector-*.safetensors")]:
+        inside = file.relative_to(folder)
+        before = [read_header(p / inside) for p in parents if (p / inside).is_file()]
+        for name, entry in read_header(file).items():
+            if any(name in header and _same(entry, header[name]) for header in before):
+                continue
+            low_rank = rank is not None and len(entry.shape) == 2 and before
+            count += (rank or 0) * sum(entry.shape) if low_rank else entry.elements
+    return count
+
+
+def _same(one: Entry, other: Entry) -> bool:
+    """Whether two tensors hold the same numbers, in whatever dtype."""
+    if one.shape != other.shape:
+        return False
+    pairs = zip(_chunks(one), _chunks(other), strict=True)
+    return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+
+
+def _chunks(entry: Entry) -> Iterator[NDArray[np.generic]]:
+    width = entry.size // max(1, entry.elements)
+    for first in range(0, entry.elements, _CHUNK):
+        count = min(_CHUNK, entry.elements - first)
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.start + first * width)
+            content = stream.read(count * width)
+        yield _numbers(content, entry.dtype)
+
+
+def _numbers(content: bytes, dtype: str) -> NDArray[np.generic]:
+    if dtype == "BF16":
+        return (np.frombuffer(content, "<u2").astype(np.uint32) << _SHIFT).view(np.float32)
+    known = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+    return np.frombuffer(content, known.get(dtype, "u1"))

@@ -1,0 +1,72 @@
+"""`graftline compare` on the tiny recipe: methods in two orders, resumed, with its page."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from graftline.weight_files import read_header
+from tests.flows.conftest import Project
+
+pytestmark = pytest.mark.slow
+
+PAIR = ("--set", "order=[image,audio]", "--methods", "mera,connector-only", "--orders", "latin")
+
+
+def weights(project: Project, pattern: str, but: str = "nothing") -> int:
+    """How many weights an artifact holds, but for tensors with a word in their names."""
+    file = next(project.folder.glob(f"artifacts/{pattern}.safetensors"))
+    return sum(entry.elements for name, entry in read_header(file).items() if but not in name)
+
+
+def test_methods_are_compared_and_nothing_is_computed_twice(copy):
+    usual = copy.folder / "reports/tiny/mera/seed-0/metrics.json"
+    content = usual.read_bytes()
+    code, text = copy.run("compare", "params/tiny.yaml", *PAIR, "--budget")
+    assert code == 0, text
+    assert "4 runs; prefix tree of the orders, for one method and seed: 4 stages" in text
+    # mera: image alone, image then audio, audio alone (an expert), but not audio then image;
+    # of connector-only nothing, and both orders end in the same model
+    assert "stages: 3 of 7 are cached, 4 must run" in text
+    assert "time: about" in text
+    code, text = copy.run("compare", "params/tiny.yaml", *PAIR)
+    assert code == 0, text
+    folder = copy.folder / "reports/tiny/compare"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"table.csv", "table.md", "page.html", "stages.png"}
+    assert usual.read_bytes() == content
+    for method in ("mera", "connector-only"):
+        for order in ("image-audio", "audio-image"):
+            path = copy.folder / f"reports/tiny/{method}/order-{order}/seed-0/metrics.json"
+            metrics = json.loads(path.read_text())
+            assert "-".join(metrics["order"]) == order
+            assert 0.0 < metrics["idle_seconds"] < metrics["wall_seconds"]
+            assert metrics["training_seconds"] < metrics["computing_seconds"]
+    rows = {row["method"]: row for row in csv.DictReader((folder / "table.csv").open())}
+    mera, alone = rows["mera"], rows["connector-only"]
+    connectors = [weights(copy, f"align/*/connector-{name}") for name in ("image", "audio")]
+    assert float(alone["trained_parameters"]) == max(connectors)
+    backbone = weights(copy, "backbone/*/backbone/model", but="embed")
+    assert float(mera["trained_parameters"]) == backbone + max(connectors)
+    # connectors are float32, and nothing else is kept beside one backbone
+    assert float(alone["stored_bytes_per_modality"]) == 4 * sum(connectors) / 2
+    assert mera["stored_bytes_per_modality"] == alone["stored_bytes_per_modality"]
+    assert (mera["replay_rows"], alone["replay_rows"]) == ("32.0", "0.0")  # 16 of 64, twice
+    assert (mera["n"], mera["runs"], mera["orders"]) == ("32", "2", "image audio; audio image")
+    page = (folder / "page.html").read_text()
+    assert "://" not in page and "connector-only" in page
+    assert "orchestration" in (folder / "table.md").read_text()
+
+    before, files = copy.artifacts(), {path: path.read_bytes() for path in folder.iterdir()}
+    runs = copy.mlflow("select count(*) from runs")
+    code, text = copy.run("compare", "params/tiny.yaml", *PAIR)
+    assert code == 0, text
+    assert text.count("finished before") == 4
+    assert "steps: " in text and " 0 must run" in text
+    assert copy.artifacts() == before
+    assert {path: path.read_bytes() for path in folder.iterdir()} == files
+    assert copy.mlflow("select count(*) from runs") == runs
+    assert copy.mlflow("select count(*) from runs where status != 'FINISHED'")[0][0] == 0
+    assert copy.left_over() == []
