@@ -197,7 +197,8 @@ def forecast(
         store: what is there, and how long it took.
         row_tokens: modality -> tokens of a training row, as `estimate_row_tokens` gives them.
     """
-    shape = backbone_shape(recipe, groups := list(groups), store)
+    groups = list(groups)
+    shape = backbone_shape(recipe, groups, store)
     history = median_seconds(store)
     found = []
     for group, steps in groups:

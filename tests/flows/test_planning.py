@@ -9,13 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.options import out
 
 
 def _plan(project, *arguments):
     """Exit code, and what is printed with the error behind it, as `flows.cli.main` shows it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project.folder)
-        patch.setenv("COLUMNS", "200")
+        patch.setattr(out, "width", 200)
         result = CliRunner().invoke(app, ["plan", "params/tiny.yaml", *arguments])
     return result.exit_code, f"{result.stdout}{result.exception or ''}"
 

@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from flows import chatting, using
@@ -26,6 +28,7 @@ from graftline.store import Store
 from tasks.data import known_version
 from tasks.models import find_finished, find_parts
 
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "params/tiny.yaml"
 MODALITIES = ("image", "audio", "video", "point_cloud")
 ENDINGS = {"image": "png", "audio": "wav", "video": "png", "point_cloud": "ply"}
@@ -48,7 +51,8 @@ def folder(finished, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def inside(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "200")
+    # MLflow keeps a client a URI: a relative one would be another test's
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlruns/mlflow.db")
 
 
 def _rows(folder, modality, count=4):
@@ -86,7 +90,7 @@ def _cli(*words):
         {},
         {"method": "route"},
         {"method": "mmer", "compose.text": "modality"},
-        {"method": "route", "compose.text": "modality", "backbone.system_prompt": ""},
+        {"method": "route", "compose.text": "modality"},
     ],
     ids=["mera", "route", "mmer, text meets the modality", "route, text meets the modality"],
 )
@@ -357,3 +361,14 @@ def test_init_writes_a_recipe_that_can_be_priced(tmp_path, monkeypatch):
     result = _cli("plan", "mine.yaml", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["order"] == ["audio", "image"]
+
+
+def test_the_tutorials_commands_are_commands():
+    text = (ROOT / "docs/using.md").read_text()
+    found = re.findall(r"^graftline .*$", text, flags=re.MULTILINE)
+    assert len(found) >= 9
+    group = get_command(app)
+    for line in found:
+        name, *words = shlex.split(line)[1:]
+        command = group.commands[name]
+        command.make_context(name, words)  # parses; carries nothing out
