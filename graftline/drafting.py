@@ -30,7 +30,7 @@ SETTINGS: Mapping[str, Any] = {
         "learning_rate": 3e-4,
         "connector_learning_rate": 1e-4,
     },
-    "realign": {"steps": 55, "batch_size": 8, "learning_rate": 3e-4},
+    "realign": {"steps": 80, "batch_size": 8, "learning_rate": 3e-4},
     "replay": {"fraction": 0.1},
     "evaluation": {"batch_size": 200, "max_new_tokens": 16},
     "execution": {"slots": 2},
