@@ -14,6 +14,7 @@ prepare()
 
 import typer  # noqa: E402
 
+from flows import cli_plan, cli_use  # noqa: E402
 from flows.cli_compare import compare  # noqa: E402
 from flows.options import (  # noqa: E402
     Method,
@@ -41,6 +42,8 @@ app = typer.Typer(
 app.command()(compare)
 data_app = typer.Typer(help="The starter's data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(cli_plan.plan)
+cli_use.register(app)
 
 
 @app.command()

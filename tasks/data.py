@@ -90,6 +90,27 @@ def record_version(folder: str, store: str) -> DataVersion:
     return DataVersion(folder, md5, files, str(source) if known else folder)
 
 
+def known_version(folder: str) -> DataVersion | None:
+    """The version of a data folder, found without building, checking or recording anything.
+
+    Returns:
+        What the folder holds; where it is missing, what its `.dvc` file records, file by file;
+        None where neither is there.
+
+    Raises:
+        GraftlineError: the `.dvc` file is damaged.
+    """
+    target, source = Path(folder), pointer(Path(folder))
+    if target.is_dir() and any(target.iterdir()):
+        sums = building.checksums(target)
+        return DataVersion(folder, building.listing_md5(sums), building.by_modality(sums), folder)
+    if source.exists():
+        md5, sums = building.recorded(source)
+        if sums:
+            return DataVersion(folder, md5, building.by_modality(sums), str(source))
+    return None
+
+
 @contextmanager
 def bar() -> Iterator[Progress]:
     """A callback `(what, done, total)` that moves one progress bar."""

@@ -44,7 +44,7 @@ def check_folders(recipe: Recipe, report: Path) -> None:
     problems = []
     for folder, advice in wanted.items():
         try:
-            with tempfile.TemporaryFile(dir=_nearest(folder)):
+            with tempfile.TemporaryFile(dir=nearest(folder)):
                 pass
         except OSError as error:
             problems.append(f"{folder}: cannot be written ({error.strerror}); {advice}")
@@ -52,7 +52,7 @@ def check_folders(recipe: Recipe, report: Path) -> None:
         raise PreflightError("\n".join(problems))
 
 
-def _nearest(folder: Path) -> Path:
+def nearest(folder: Path) -> Path:
     """The folder itself, or what stands where its first missing parent would be made."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
@@ -79,7 +79,7 @@ def check_disk(plan: RunPlan, store: Store) -> None:
         PreflightError: there is not enough.
     """
     needed = bytes_needed(plan, store)
-    free = shutil.disk_usage(store.root).free
+    free = shutil.disk_usage(nearest(store.root)).free
     if needed > free:
         raise PreflightError(
             f"{os.path.abspath(store.root)}: the run needs about {needed / 1e9:.1f} GB there and "

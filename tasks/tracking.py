@@ -269,6 +269,36 @@ def register(name: str, model_id: str, run_id: str, alias: str, tags: Mapping[st
     return str(version)
 
 
+def registered_tags(name: str, alias: str | None, version: str | None) -> dict[str, str]:
+    """The tags of a registered model's version: method, seed, order, data_md5, fingerprint.
+
+    Args:
+        name: the recipe's name.
+        alias: the version's alias, which is a method; or None.
+        version: the version's number where there is no alias.
+
+    Raises:
+        GraftlineError: there is no such version; says which names and aliases there are.
+    """
+    uri = tracking_uri()
+    client = None
+    if not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file():
+        client = _client(uri)
+        with suppress(MlflowException):
+            found = (
+                client.get_model_version_by_alias(name, alias)
+                if alias is not None
+                else client.get_model_version(name, str(version))
+            )
+            return dict(found.tags)
+    models = client.search_registered_models() if client is not None else []
+    known = sorted(f"{model.name}@{each}" for model in models for each in model.aliases)
+    raise GraftlineError(
+        f"{name}{'@' if alias else '/'}{alias or version}: no such registered model; "
+        f"there are: {', '.join(known) or 'none in this project yet'}"
+    )
+
+
 def tag_run(tracked: TrackedRun, tags: Mapping[str, str]) -> None:
     """Adds tags to the parent run."""
     _client(tracked.uri).log_batch(tracked.run_id, tags=[RunTag(k, v) for k, v in tags.items()])

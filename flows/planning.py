@@ -1,0 +1,226 @@
+"""`graftline plan`: what a run will do and what it will cost, before anything starts."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from graftline.errors import GraftlineError
+from graftline.forecast import Forecast, estimate_row_tokens, forecast
+from graftline.manifest import CorruptArtifact
+from graftline.problems import recipe_problems
+from graftline.recipe import Recipe
+from graftline.run_plan import RunPlan, plan_run
+from graftline.store import Store
+from tasks.data import known_version
+from tasks.preflight import bytes_needed, check_disk, check_folders, nearest
+from tasks.steps import by_stage
+
+TYPICAL_ROW_TOKENS = 32.0
+"""Of a training row, where the rows are not there to be measured."""
+NOT_BUILT = "not built yet"
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What is known of a run before it starts.
+
+    Attributes:
+        recipe: the recipe.
+        problems: what would stop it, a line each; the rest is None if no plan can be made.
+        data: md5 of the data, or `NOT_BUILT`.
+        plan: the plan.
+        costs: what its steps will cost.
+        disk_bytes: what its unfinished steps will write.
+        disk_free: bytes that are free where the store lies.
+    """
+
+    recipe: Recipe
+    problems: tuple[str, ...]
+    data: str
+    plan: RunPlan | None = None
+    costs: Forecast | None = None
+    disk_bytes: int = 0
+    disk_free: int = 0
+
+
+def look_ahead(recipe: Recipe) -> Prospect:
+    """Plans a run and estimates its cost; starts nothing and writes nothing that stays."""
+    version = known_version(recipe.data.folder)
+    data = version.md5 if version else NOT_BUILT
+    splits = dict.fromkeys(("train", "validation", "test"), NOT_BUILT)
+    files = version.files if version else dict.fromkeys(recipe.order, splits)
+    problems = recipe_problems(recipe, files) + _complaints(lambda: check_folders(recipe))
+    store = Store(recipe.store, verify="quick")
+    try:
+        plan = plan_run(recipe, files)
+    except (GraftlineError, KeyError) as error:
+        if not problems:
+            raise GraftlineError(str(error)) from error
+        return Prospect(recipe, tuple(problems), data)
+    damaged = _damaged(plan, store)
+    if damaged:
+        return Prospect(recipe, (*problems, *damaged), data, plan)
+    measured = {name: estimate_row_tokens(recipe, name) for name in recipe.order}
+    tokens = {name: found or TYPICAL_ROW_TOKENS for name, found in measured.items()}
+    costs = forecast(recipe, by_stage(plan), store, tokens)
+    problems += _complaints(lambda: check_disk(plan, store))
+    free = shutil.disk_usage(nearest(store.root)).free
+    return Prospect(recipe, tuple(problems), data, plan, costs, bytes_needed(plan, store), free)
+
+
+def _complaints(check: Callable[[], None]) -> list[str]:
+    try:
+        check()
+    except GraftlineError as error:
+        return str(error).splitlines()
+    return []
+
+
+def _damaged(plan: RunPlan, store: Store) -> list[str]:
+    """What is wrong with artifacts that the run would reuse."""
+    problems = []
+    for step in plan.steps.values():
+        try:
+            store.find(step.kind, step.reference.fingerprint)
+        except CorruptArtifact as error:
+            problems.append(str(error))
+    return problems
+
+
+def as_json(prospect: Prospect) -> dict[str, Any]:
+    """Everything that the table says, and each step, as plain data."""
+    recipe, costs = prospect.recipe, prospect.costs
+    content: dict[str, Any] = {
+        "recipe": recipe.name,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "order": list(recipe.order),
+        "data_md5": prospect.data,
+        "problems": list(prospect.problems),
+    }
+    if prospect.plan is None or costs is None:
+        return content
+    return content | {
+        "fingerprint": prospect.plan.fingerprint,
+        "steps": [
+            {
+                "stage": each.group,
+                "kind": each.step.kind,
+                "label": each.step.label,
+                "fingerprint": each.step.reference.fingerprint,
+                "cached": each.cached,
+                "seconds": each.seconds,
+                "training_flops": each.flops,
+                "memory_bytes": each.memory_bytes,
+            }
+            for each in costs.steps
+        ],
+        "cached": len(costs.steps) - len(costs.to_run),
+        "to_run": len(costs.to_run),
+        "seconds": costs.seconds,
+        "kinds_without_history": costs.kinds_without_history,
+        "disk_bytes": prospect.disk_bytes,
+        "disk_free_bytes": prospect.disk_free,
+        "training_flops": costs.training_flops,
+        "memory_bytes": costs.memory_bytes,
+        "backbone_parameters": costs.parameters,
+        "tokens_a_row": dict(costs.row_tokens),
+    }
+
+
+def step_lines(prospect: Prospect) -> list[str]:
+    """Every step under its stage: kind, label, cached or about how long."""
+    if prospect.costs is None:
+        return []
+    lines = []
+    groups = dict.fromkeys(each.group for each in prospect.costs.steps)
+    for group in groups:
+        lines.append(f"stage {group}" if group else "beside the stages: base, experts, text")
+        for each in prospect.costs.steps:
+            if each.group == group:
+                state = "cached" if each.cached else f"to run, {_seconds(each.seconds)}"
+                lines.append(f"  {each.step.kind:<14} {each.step.label:<34} {state}")
+    return lines
+
+
+def cost_table(prospect: Prospect) -> Table:
+    """What a run will cost, in one table."""
+    recipe, costs = prospect.recipe, prospect.costs
+    title = f"{recipe.name} · {recipe.method} · seed {recipe.seed}: before it starts"
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "about", "how this is known"):
+        table.add_column(heading)
+    if costs is None:
+        return table
+    todo = Counter(each.step.kind for each in costs.to_run)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in todo.items())
+    steps = f"{len(costs.to_run)} to run, {len(costs.steps) - len(costs.to_run)} cached"
+    table.add_row("steps", steps, kinds or "everything is there")
+    table.add_row("computing", *_time(costs, recipe.execution.slots))
+    room = f"{_bytes(prospect.disk_free)} are free there"
+    table.add_row("disk", _bytes(prospect.disk_bytes), f"written to {recipe.store}; {room}")
+    table.add_row("training", _flops(costs.training_flops), _flops_source(prospect))
+    memory = "of the largest step: weights, gradients, fp32 master, two moments; no activations"
+    table.add_row("memory", _bytes(costs.memory_bytes), memory)
+    table.add_row("data", prospect.data[:12], recipe.data.folder)
+    return table
+
+
+def _time(costs: Forecast, slots: int) -> tuple[str, str]:
+    unknown = costs.kinds_without_history
+    source = "median of finished steps of each kind in this store"
+    if slots > 1:
+        source += f"; one after another, and {slots} may run side by side"
+    if not unknown:
+        return _seconds(costs.seconds), source
+    if costs.seconds == 0:
+        return "unknown", f"no history in this store of: {', '.join(unknown)}"
+    return f"more than {_seconds(costs.seconds)}", f"{source}; no history of: {', '.join(unknown)}"
+
+
+def _flops_source(prospect: Prospect) -> str:
+    costs = prospect.costs
+    if costs is None or costs.parameters is None:
+        return "the backbone's size is not known before it is fetched"
+    lengths = ", ".join(f"{name} {count:.0f}" for name, count in costs.row_tokens.items())
+    where = "assumed, no rows yet" if prospect.data == NOT_BUILT else "from the rows"
+    return (
+        f"6 N tokens fine-tuning, 4 N where the backbone is frozen; N = {costs.parameters:,}; "
+        f"tokens a row ({where}): {lengths}"
+    )
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _bytes(count: int | None) -> str:
+    return "unknown" if count is None else _scaled(float(count), "B", ("", "k", "M", "G", "T"))
+
+
+def _flops(count: float | None) -> str:
+    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
+    return "unknown" if count is None else _scaled(count, "FLOP", prefixes)
+
+
+def _scaled(value: float, unit: str, prefixes: Sequence[str]) -> str:
+    power = 0 if value < 1 else min(len(prefixes) - 1, int(math.log10(value) // 3))
+    return f"{value / 1000**power:.3g} {prefixes[power]}{unit}"
+
+
+def problems_error(path: Path, problems: Sequence[str]) -> GraftlineError:
+    """The error that lists all problems of a recipe."""
+    listed = "\n".join(f"  - {line}" for line in problems)
+    return GraftlineError(f"{path}: {len(problems)} problem(s) stand in the way:\n{listed}")

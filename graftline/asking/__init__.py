@@ -1,0 +1,1 @@
+"""Using a finished model: its parts, media from files, conversations, answers."""

@@ -1,0 +1,187 @@
+"""Asking a model: media through its encoders, conversations in batches, answers as evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftline.asking.conversation import Shown, Turn, encode_conversation
+from graftline.asking.media import Medium, named_error, read_medium
+from graftline.asking.parts import Parts, load_parts
+from graftline.errors import GraftlineError
+from graftline.evaluation.answering import answer_batches
+from graftline.execution import Machine
+from graftline.model.encoders import Encoder, load_encoder
+from graftline.model.loading import LoadedModel
+from graftline.model.multimodal import collate
+from graftline.model.prompts import EncodedPrompt
+from graftline.model.routing.router import ATTRIBUTE, TEXT
+
+BATCH = 32
+"""Conversations that are answered together."""
+
+
+class Asker:
+    """A model that answers questions about media.
+
+    Backbone and encoders are loaded when they are first needed: what is wrong with a question's
+    media is said before.
+
+    Args:
+        parts: the model.
+        device: as in a recipe.
+        max_new_tokens: the longest answer; as evaluated if left out.
+    """
+
+    def __init__(
+        self, parts: Parts, device: str = "auto", max_new_tokens: int | None = None
+    ) -> None:
+        self.parts = parts
+        self.max_new_tokens = max_new_tokens or parts.max_new_tokens
+        self._device = device
+        self._encoders: dict[str, Encoder] = {}
+        self._loaded: LoadedModel | None = None
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the model can be shown."""
+        return tuple(self.parts.connectors)
+
+    def read(self, path: Path, modality: str) -> Medium:
+        """Reads a media file as this model needs it.
+
+        Raises:
+            GraftlineError: the model does not have this modality (says which it has), or the file
+                cannot be used; names the file.
+        """
+        if modality not in self.parts.connectors:
+            known = ", ".join(self.modalities) or "no modality at all"
+            raise GraftlineError(
+                f"{path}: {self.parts.name} has not learned {modality}; it knows {known}."
+            )
+        return read_medium(path, modality, self.parts.encoders[modality]["name"])
+
+    def show(self, media: Sequence[Medium], paths: Sequence[Path]) -> list[Shown]:
+        """Encodes media, each modality's together.
+
+        Features are rounded to float16 as the cached ones are, so that answers are the same.
+
+        Args:
+            media: decoded media.
+            paths: where they come from, for messages.
+
+        Raises:
+            GraftlineError: an encoder refuses a medium; names the file.
+        """
+        found: list[Shown | None] = [None] * len(media)
+        for modality in dict.fromkeys(medium.modality for medium in media):
+            places = [place for place, each in enumerate(media) if each.modality == modality]
+            features = self._encode(
+                modality, [media[p] for p in places], [paths[p] for p in places]
+            )
+            for place, own in zip(places, features, strict=True):
+                found[place] = Shown(modality, own)
+        return [shown for shown in found if shown is not None]
+
+    def _encode(
+        self, modality: str, media: Sequence[Medium], paths: Sequence[Path]
+    ) -> list[torch.Tensor]:
+        encoder = self._encoder(modality)
+        try:
+            features = encoder.encode([medium.values for medium in media])
+        except GraftlineError as error:
+            if len(media) == 1:
+                raise named_error(paths[0], error) from error
+            # One of several is wrong: alone, it names itself.
+            return [self._encode(modality, [m], [p])[0] for m, p in zip(media, paths, strict=True)]
+        rounded = features.to(torch.float16).to(torch.float32)
+        for own, path in zip(rounded, paths, strict=True):
+            if not bool(own.isfinite().all()):
+                wrong = GraftlineError("its features are not finite; check the file's content")
+                raise named_error(path, wrong)
+        return list(rounded)
+
+    def _encoder(self, modality: str) -> Encoder:
+        if modality not in self._encoders:
+            name = self.parts.encoders[modality]["name"]
+            place = Machine(self.parts.backbone, self._device).torch_device
+            self._encoders[modality] = load_encoder(name, place)
+        return self._encoders[modality]
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model in memory."""
+        if self._loaded is None:
+            self._loaded = load_parts(self.parts, self._device)
+        return self._loaded
+
+    def answer(
+        self, conversations: Sequence[Sequence[Turn]], label: str = "answer", batch: int = BATCH
+    ) -> list[str]:
+        """The model's greedy answer to the last turn of each conversation.
+
+        Args:
+            conversations: turns; all but the last with their answers.
+            label: what the progress bar says.
+            batch: how many are answered together.
+
+        Raises:
+            GraftlineError: a conversation is longer than the model can take, or shows a modality
+                that it does not have.
+        """
+        prompts = [self.encode(turns) for turns in conversations]
+        answers = [""] * len(prompts)
+        for text_as, places in self._groups(prompts).items():
+            self._text_meets(text_as)
+            places.sort(key=lambda place: len(prompts[place].token_ids))
+            batches = []
+            for start in range(0, len(places), batch):
+                near = places[start : start + batch]
+                media = [[s.features for t in conversations[p] for s in t.media] for p in near]
+                collated = collate([prompts[p] for p in near], media, self.loaded.prompts.pad_id)
+                batches.append((list(range(start, start + len(near))), collated))
+            found = answer_batches(
+                self.loaded, batches, max_new_tokens=self.max_new_tokens, label=label
+            )
+            for place, text in zip(places, found, strict=True):
+                answers[place] = text
+        return answers
+
+    def encode(self, turns: Sequence[Turn]) -> EncodedPrompt:
+        """A conversation as the model reads it.
+
+        Raises:
+            GraftlineError: it is longer than the model can take, answer included.
+        """
+        prompt = encode_conversation(self.loaded.prompts, turns)
+        config: Any = self.loaded.model.backbone.config
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and len(prompt.token_ids) + self.max_new_tokens > limit:
+            raise TooLong(
+                f"the conversation takes {len(prompt.token_ids)} tokens and the answer up to "
+                f"{self.max_new_tokens}; this model reads {limit}. Ask with fewer media and words."
+            )
+        return prompt
+
+    def _groups(self, prompts: Sequence[EncodedPrompt]) -> Mapping[int, list[int]]:
+        """Number of the modality whose weights text meets -> places of the prompts."""
+        groups: dict[int, list[int]] = {}
+        numbers = self.loaded.prompts.modality_numbers
+        for place, prompt in enumerate(prompts):
+            kinds = set(prompt.slots)
+            # Beside media of several modalities text belongs to none of them.
+            own = self.parts.routed and self.parts.text == "modality" and len(kinds) == 1
+            groups.setdefault(numbers[kinds.pop()] if own else TEXT, []).append(place)
+        return groups
+
+    def _text_meets(self, modality: int) -> None:
+        router = getattr(self.loaded.model.backbone, ATTRIBUTE, None)
+        if router is not None:
+            router.text_as = modality
+
+
+class TooLong(GraftlineError):
+    """A conversation that does not fit into the model's context."""

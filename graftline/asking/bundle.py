@@ -1,0 +1,237 @@
+"""A model as one folder of its own: everything but the encoders' pinned parts, all of it sealed.
+
+- `model.json`: what it is and how its parts go together
+- `manifest.json`: sha256, size and tensors of every file, written last
+- `README.md`: the model card
+- `backbone/`: a plain `transformers` folder; what text meets
+- `connectors/`: one a modality, with its record
+- `base/`, `experts/<modality>/`, `adapters/<modality>/`: where media meet weights of their own
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from graftline import durable
+from graftline.asking.parts import Parts
+from graftline.data.parts import EFFICIENTNET_LITE0, SMOLLM2, WHISPER_TINY_EN, Part
+from graftline.errors import GraftlineError
+from graftline.manifest import (
+    FORMAT,
+    MANIFEST,
+    CorruptArtifact,
+    fingerprint_of,
+    read_manifest,
+    seal,
+    verify_folder,
+)
+from graftline.model.efficientnet import FrameEncoder, ImageEncoder
+from graftline.model.encoders import encoder_identity
+from graftline.model.whisper import WhisperAudioEncoder
+from graftline.progress import track
+
+DESCRIPTION, CARD = "model.json", "README.md"
+KIND = "model"
+ENCODER_PARTS: Mapping[str, Part] = {
+    ImageEncoder.name: EFFICIENTNET_LITE0,
+    FrameEncoder.name: EFFICIENTNET_LITE0,
+    WhisperAudioEncoder.name: WHISPER_TINY_EN,
+}
+"""Encoder -> the pinned part that holds its weights; who is not here needs none."""
+BACKBONE_PARTS: Mapping[str, Part] = {"smollm2-135m-instruct": SMOLLM2}
+
+
+class _Described(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EncoderDescription(_Described):
+    """An encoder: its name, the digest of weights and settings, and where the weights come from."""
+
+    name: str
+    sha256: str
+    part: dict[str, str] | None
+
+
+class Description(_Described):
+    """What `model.json` says of an exported model."""
+
+    format: Literal[1] = 1
+    recipe: str
+    method: str
+    seed: int
+    stage: int
+    order: tuple[str, ...]
+    data_md5: str
+    run_fingerprint: str = Field(description="of the run that made it")
+    backbone: str = Field(description="as the recipe names it")
+    backbone_part: dict[str, str] | None
+    encoders: dict[str, EncoderDescription] = Field(description="by modality")
+    experts: tuple[str, ...] = Field(description="modalities whose tokens meet their expert")
+    adapters: tuple[str, ...] = Field(description="modalities whose tokens meet their adapters")
+    masked: bool = Field(description="whether media meet masked weights around theta_0")
+    precision: Literal["bfloat16", "float32"]
+    attention: str
+    system_prompt: str
+    text: Literal["merged", "modality"]
+    max_new_tokens: int
+
+
+def describe_encoders(parts: Parts) -> dict[str, EncoderDescription]:
+    """The encoders of a model by modality, each with its pinned part."""
+    return {
+        modality: EncoderDescription(
+            name=encoder["name"],
+            sha256=encoder["sha256"],
+            part=describe_part(ENCODER_PARTS.get(encoder["name"])),
+        )
+        for modality, encoder in parts.encoders.items()
+    }
+
+
+def describe_part(part: Part | None) -> dict[str, str] | None:
+    """A pinned part as plain data."""
+    if part is None:
+        return None
+    names = ("name", "package", "version", "wheel_sha256", "member", "member_sha256", "licence")
+    return {name: getattr(part, name) for name in names}
+
+
+def write_bundle(parts: Parts, description: Description, card: str, out: Path) -> None:
+    """Copies a model's parts into one folder that appears whole or not at all.
+
+    Args:
+        parts: the model.
+        description: what it is.
+        card: its model card, Markdown.
+        out: folder to make.
+
+    Raises:
+        GraftlineError: the folder is there already, or cannot be written.
+    """
+    refuse_existing(out)
+    durable.make_folder(out.absolute().parent)
+    temporary = durable.temporary_sibling(out.absolute())
+    copies = list(_copies(parts))
+    try:
+        with durable.naming_disk_faults(temporary.parent):
+            os.mkdir(temporary)
+            with track(f"export {out.name}", len(copies)) as advance:
+                for source, name in copies:
+                    target = temporary / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source, target)
+                    advance("")
+            text = json.dumps(description.model_dump(mode="json"), indent=2) + "\n"
+            (temporary / DESCRIPTION).write_text(text, encoding="utf-8")
+            (temporary / CARD).write_text(card, encoding="utf-8")
+            seal(temporary, _step(description))
+            durable.rename_new(temporary, out.absolute())
+    except FileExistsError as error:
+        raise _exists(out) from error
+    finally:
+        durable.remove(temporary)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises a GraftlineError if there is something under a name already."""
+    if os.path.lexists(out):
+        raise _exists(out)
+
+
+def _exists(out: Path) -> GraftlineError:
+    return GraftlineError(f"{out}: is there already; choose another --out, or remove it")
+
+
+def _step(description: Description) -> dict[str, Any]:
+    parameters = description.model_dump(mode="json")
+    fingerprint = fingerprint_of(KIND, parameters=parameters, parents={}, code="")
+    return {
+        "format": FORMAT,
+        "kind": KIND,
+        "fingerprint": fingerprint,
+        "parameters": parameters,
+        "parents": {},
+        "code": "",
+    }
+
+
+def _copies(parts: Parts) -> list[tuple[Path, str]]:
+    """(file, its place in the bundle) of everything that is copied."""
+    folders = {"backbone": parts.backbone}
+    if parts.base is not None:
+        folders["base"] = parts.base
+    folders |= {f"experts/{name}": folder for name, folder in parts.experts.items()}
+    folders |= {f"adapters/{name}": folder for name, folder in parts.adapters.items()}
+    copies = [
+        (file, f"{name}/{file.relative_to(folder).as_posix()}")
+        for name, folder in folders.items()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    ]
+    for modality, folder in parts.connectors.items():
+        for ending in ("json", "safetensors"):
+            name = f"connector-{modality}.{ending}"
+            copies.append((folder / name, f"connectors/{name}"))
+    order = parts.backbone.parent / "experts.json"
+    return [*copies, (order, order.name)] if parts.base is not None else copies
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder looks like an exported model."""
+    return (folder / DESCRIPTION).is_file() or (folder / MANIFEST).is_file()
+
+
+def read_bundle(folder: Path) -> Parts:
+    """Reads an exported model after comparing every file with the manifest's sha256.
+
+    Raises:
+        GraftlineError: a file is missing, surplus or changed, or this version of Graftline has
+            other encoders than the model was made with.
+    """
+    try:
+        manifest = read_manifest(folder)
+        verify_folder(folder, KIND, str(manifest["fingerprint"]), full=True)
+    except CorruptArtifact as error:
+        what = str(error).partition(". Delete the folder")[0]
+        raise GraftlineError(f"{what}. Export the model again, or copy it again.") from error
+    path = folder / DESCRIPTION
+    try:
+        found = Description.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise GraftlineError(
+            f"{path}: not what this version of Graftline exports ({error}); export it again"
+        ) from error
+    _check_encoders(folder, found)
+    return Parts(
+        name=f"{folder.name} ({found.recipe} · {found.method} · stage {found.stage})",
+        backbone=folder / "backbone",
+        connectors=dict.fromkeys(found.encoders, folder / "connectors"),
+        encoders={m: {"name": e.name, "sha256": e.sha256} for m, e in found.encoders.items()},
+        precision=found.precision,
+        attention=found.attention,
+        system_prompt=found.system_prompt,
+        max_new_tokens=found.max_new_tokens,
+        base=folder / "base" if found.masked else None,
+        experts={name: folder / "experts" / name for name in found.experts},
+        adapters={name: folder / "adapters" / name for name in found.adapters},
+        text=found.text,
+    )
+
+
+def _check_encoders(folder: Path, description: Description) -> None:
+    for modality, encoder in description.encoders.items():
+        here = encoder_identity(encoder.name)["sha256"]
+        if here != encoder.sha256:
+            raise GraftlineError(
+                f"{folder}: its {modality} encoder {encoder.name} has the digest "
+                f"{encoder.sha256[:12]}, this version of Graftline has {here[:12]}. Use the "
+                "version that exported it, or train and export it again."
+            )

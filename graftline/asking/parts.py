@@ -1,0 +1,152 @@
+"""The parts of a model that can be asked, wherever they lie, and how they are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from graftline.errors import GraftlineError
+from graftline.execution import DTYPES, Machine
+from graftline.methods import Stage
+from graftline.model.attention import attention_for
+from graftline.model.backbone import load_backbone
+from graftline.model.encoders import encoder_identity
+from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
+from graftline.model.routing.composed import route_to_adapters, route_to_experts, route_to_masks
+from graftline.plan import Reference
+from graftline.run_plan import RunPlan
+from graftline.store import Store
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model is made of.
+
+    Attributes:
+        name: what people read.
+        backbone: `transformers` folder of what text meets.
+        connectors: modality -> folder that holds its connector.
+        encoders: modality -> name and sha256 of its encoder.
+        precision: dtype of the backbone.
+        attention: `auto`, or `transformers`' name of an implementation.
+        system_prompt: of the chat template.
+        max_new_tokens: the longest answer.
+        base: folder of theta_0, where media are routed to masked weights.
+        experts: modality -> folder of the backbone that its tokens meet.
+        adapters: modality -> folder of what its expert adds to theta_0.
+        text: what text meets where media are routed.
+    """
+
+    name: str
+    backbone: Path
+    connectors: Mapping[str, Path]
+    encoders: Mapping[str, Mapping[str, str]]
+    precision: str
+    attention: str
+    system_prompt: str
+    max_new_tokens: int
+    base: Path | None = None
+    experts: Mapping[str, Path] = field(default_factory=dict)
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    text: Literal["merged", "modality"] = "merged"
+
+    @property
+    def routed(self) -> bool:
+        """Whether media meet weights of their own."""
+        return self.base is not None or bool(self.experts) or bool(self.adapters)
+
+
+def stage_of(plan: RunPlan, number: int | None) -> Stage:
+    """A stage of a plan; the last one if no number is given.
+
+    Raises:
+        GraftlineError: the method has no such stage, or none at all.
+    """
+    method = plan.recipe.method
+    if not plan.stages:
+        raise GraftlineError(
+            f"{method} leaves no single model: each modality keeps its own. Use --method route, "
+            "which keeps every expert in one model, or a method that merges them."
+        )
+    for stage in plan.stages:
+        if stage.index == (number or plan.stages[-1].index):
+            return stage
+    known = ", ".join(f"{stage.index} ({stage.modality})" for stage in plan.stages)
+    raise GraftlineError(f"--stage {number}: {method} has the stages {known}.")
+
+
+def parts_of_plan(plan: RunPlan, store: Store, stage: int | None = None) -> Parts:
+    """The parts of a finished stage's model, verified, where they lie in the store.
+
+    Args:
+        plan: the run.
+        store: its artifacts.
+        stage: which stage's model; the last one's if left out.
+
+    Raises:
+        GraftlineError: the method has no such stage, or lists the parts that are not there.
+        CorruptArtifact: a part is damaged.
+    """
+    recipe, chosen = plan.recipe, stage_of(plan, stage)
+    model = chosen.final
+    wanted = [model.backbone, *model.connectors.values(), *model.experts.values()]
+    wanted += [*model.adapters.values(), *([model.base] if model.base else [])]
+    folders: dict[Reference, Path] = {}
+    for reference in dict.fromkeys(wanted):
+        artifact = store.find(reference.kind, reference.fingerprint)
+        if artifact is not None:
+            folders[reference] = artifact.folder
+    missing = [plan.steps[each].title for each in dict.fromkeys(wanted) if each not in folders]
+    if missing:
+        raise GraftlineError(
+            f"{recipe.name}, {recipe.method}, seed {recipe.seed}: {len(missing)} part(s) of the "
+            f"model are not in {store.root}: {', '.join(missing)}. Run the recipe first."
+        )
+    backbones = {reference: folder / "backbone" for reference, folder in folders.items()}
+    return Parts(
+        name=f"{recipe.name} · {recipe.method} · seed {recipe.seed} · stage {chosen.index}",
+        backbone=backbones[model.backbone],
+        connectors={name: folders[each] for name, each in model.connectors.items()},
+        encoders={
+            name: encoder_identity(recipe.modality(name).encoder) for name in model.connectors
+        },
+        precision=recipe.precision,
+        attention=recipe.backbone.attention,
+        system_prompt=recipe.backbone.system_prompt,
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        base=backbones[model.base] if model.base else None,
+        experts={name: backbones[each] for name, each in model.experts.items()},
+        adapters={name: backbones[each] for name, each in model.adapters.items()},
+        text=recipe.compose.text,
+    )
+
+
+def load_parts(parts: Parts, device: str = "auto") -> LoadedModel:
+    """Loads a model as evaluation does, with all of its connectors.
+
+    Where text meets the weights of the prompt's modality (`text="modality"`), nothing is said yet
+    about which: whoever asks must (`Asker` does).
+
+    Args:
+        parts: the model.
+        device: as in a recipe.
+    """
+    place = Machine(parts.backbone, device).torch_device
+    attention = parts.attention
+    if attention == "auto":
+        attention = attention_for(parts.backbone, place)
+    backbone = load_backbone(parts.backbone, DTYPES[parts.precision], attention, place)
+    pairs = []
+    for modality, folder in parts.connectors.items():
+        record = read_record(folder, modality)
+        pairs.append((record, read_connector(folder, record)))
+    loaded = assemble(backbone, pairs, parts.system_prompt)
+    if parts.adapters:
+        return route_to_adapters(loaded, parts.adapters)
+    if parts.experts:
+        return route_to_experts(loaded, parts.experts)
+    if parts.base is not None:
+        return route_to_masks(loaded, list(parts.connectors), parts.backbone, parts.base)
+    return loaded

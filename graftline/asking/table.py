@@ -1,0 +1,179 @@
+"""Questions in a CSV: read and checked row by row before anything is computed."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftline.asking.asker import Asker
+from graftline.asking.conversation import Turn, check_question
+from graftline.data.rows import MODALITIES
+from graftline.durable import atomic_write_text
+from graftline.errors import GraftlineError
+from graftline.progress import track
+
+QUESTION, ANSWER = "question", "answer"
+_LONGEST_LIST = 50
+
+
+@dataclass(frozen=True)
+class AskedRow:
+    """One question of a table.
+
+    Attributes:
+        media: (modality, file) in the order of the columns.
+        question: the text.
+    """
+
+    media: tuple[tuple[str, Path], ...]
+    question: str
+
+
+@dataclass(frozen=True)
+class QuestionTable:
+    """A table of questions.
+
+    Attributes:
+        columns: as in the file.
+        cells: the rows as they stand in the file, blank lines left out.
+        rows: what they ask.
+    """
+
+    columns: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    rows: tuple[AskedRow, ...]
+
+
+def read_questions(path: Path, asker: Asker) -> QuestionTable:
+    """Reads a CSV with a column `question` and one a modality with files beside it.
+
+    Every media file is decoded once here, so that nothing is computed before all of them are
+    known to be usable.
+
+    Args:
+        path: the CSV, UTF-8; media paths are relative to its folder and stay inside it.
+        asker: the model that will be asked.
+
+    Raises:
+        GraftlineError: lists every problem by the line in which its row ends.
+    """
+    columns, lines = _lines(path)
+    if QUESTION not in columns:
+        raise GraftlineError(
+            f"{path}: has no column `question` (it has: {', '.join(columns) or 'none'}); add one"
+        )
+    if ANSWER in columns:
+        raise GraftlineError(f"{path}: has a column `answer` already; rename or remove it")
+    if not lines:
+        raise GraftlineError(f"{path}: has no rows below its header")
+    rows: list[AskedRow] = []
+    problems: list[str] = []
+    with track(f"check {path.name}", len(lines)) as advance:
+        for number, fields in lines:
+            found, wrong = _row(path.parent, columns, fields, asker)
+            problems += [f"line {number}: {each}" for each in wrong]
+            rows.append(found)
+            advance("")
+    if problems:
+        listed = problems[:_LONGEST_LIST]
+        if len(problems) > _LONGEST_LIST:
+            listed.append(f"... and {len(problems) - _LONGEST_LIST} more")
+        raise GraftlineError(
+            f"{path}: {len(problems)} problem(s); nothing was asked:\n  " + "\n  ".join(listed)
+        )
+    return QuestionTable(columns, tuple(fields for _, fields in lines), tuple(rows))
+
+
+def _lines(path: Path) -> tuple[tuple[str, ...], list[tuple[int, tuple[str, ...]]]]:
+    """The header, and (line of the file, fields) of each row."""
+    try:
+        # a byte order mark, as spreadsheets write it, is no part of the first column's name
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, strict=True)
+            header, *lines = [(reader.line_num, tuple(line)) for line in reader if line]
+    except UnicodeDecodeError as error:
+        raise GraftlineError(f"{path}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise GraftlineError(f"{path}: is not a readable CSV ({error}); save it anew") from error
+    except OSError as error:
+        raise GraftlineError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise GraftlineError(f"{path}: is empty; it needs a header and rows") from error
+    columns = tuple(name.strip() for name in header[1])
+    repeated = sorted({name for name in columns if columns.count(name) > 1})
+    if repeated:
+        raise GraftlineError(f"{path}: names the column {', '.join(repeated)} more than once")
+    return columns, lines
+
+
+def _row(
+    folder: Path, columns: Sequence[str], fields: Sequence[str], asker: Asker
+) -> tuple[AskedRow, list[str]]:
+    """One row, and what is wrong with it."""
+    if len(fields) != len(columns):
+        return AskedRow((), ""), [f"has {len(fields)} fields, the header {len(columns)}"]
+    problems: list[str] = []
+    media: list[tuple[str, Path]] = []
+    question = ""
+    for name, value in zip(columns, fields, strict=True):
+        try:
+            if name == QUESTION:
+                question = check_question(value)
+            elif name in MODALITIES and value.strip():
+                file = inside(folder, value.strip())
+                asker.read(file, name)
+                media.append((name, file))
+        except GraftlineError as error:
+            problems.append(str(error))
+    return AskedRow(tuple(media), question), problems
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file below a folder, named relative to it.
+
+    Raises:
+        GraftlineError: the name leaves the folder, by itself or through a link.
+    """
+    refused = GraftlineError(
+        f"{name}: leads out of {folder}; media lie in the table's folder or below it. Copy it there"
+    )
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise refused
+    try:
+        real = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise GraftlineError(f"{name!r}: is no usable file name ({error})") from error
+    if not real.is_relative_to(folder.resolve()):
+        raise refused
+    return folder / name
+
+
+def answer_table(table: QuestionTable, asker: Asker, out: Path, batch: int) -> None:
+    """Asks all questions and writes the table with a column `answer`, whole or not at all.
+
+    Args:
+        table: from `read_questions`.
+        asker: the same model.
+        out: the CSV to write.
+        batch: questions that are encoded, and answered, together.
+    """
+    conversations: list[list[Turn]] = []
+    with track("encode", len(table.rows)) as advance:
+        for start in range(0, len(table.rows), batch):
+            rows = table.rows[start : start + batch]
+            given = [pair for row in rows for pair in row.media]
+            media = [asker.read(path, name) for name, path in given]
+            shown = iter(asker.show(media, [path for _, path in given]))
+            for row in rows:
+                own = tuple(next(shown) for _ in row.media)
+                conversations.append([Turn(own, row.question)])
+            advance("", len(rows))
+    answers = asker.answer(conversations, batch=batch)
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*table.columns, ANSWER])
+    writer.writerows([*fields, text] for fields, text in zip(table.cells, answers, strict=True))
+    atomic_write_text(out, stream.getvalue())

@@ -1,0 +1,76 @@
+"""What is wrong with a recipe beyond its form, all of it at once, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from graftline.data.rows import SPLITS
+from graftline.errors import GraftlineError
+from graftline.merging.rules import RULES, parameters_for, rule_named
+from graftline.model.encoders import encoder_identity
+from graftline.recipe import Recipe
+
+_MERGING = ("mera", "merge-only")
+
+
+def recipe_problems(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Everything that would stop a run, as far as it can be known without computing.
+
+    Args:
+        recipe: a recipe whose form is right.
+        data_files: modality -> split -> md5 of its parquet file.
+
+    Returns:
+        A line a problem: where it is and what to do; empty when there is none.
+    """
+    problems = []
+    for modality in recipe.order:
+        encoder = recipe.modality(modality).encoder
+        problems += _message(f"modalities.{modality}.encoder", lambda: encoder_identity(encoder))  # noqa: B023
+        missing = [split for split in SPLITS if split not in data_files.get(modality, {})]
+        if missing:
+            files = ", ".join(f"{recipe.data.folder}/{modality}/{each}.parquet" for each in missing)
+            problems.append(
+                f"order: {modality} has no data: {files} missing; put the rows there, rebuild the "
+                f"starter's with `graftline data build --force`, or take {modality} out of order"
+            )
+    return [*problems, *_rule_problems(recipe), *_device_problems(recipe)]
+
+
+def _rule_problems(recipe: Recipe) -> list[str]:
+    """Parameters that the rule in use does not take."""
+    if recipe.method in RULES:
+        given = {str(name): values for name, values in recipe.compose.parameters.items()}
+        where = f"compose.parameters.{recipe.method}"
+        return _rule(where, recipe.method, given.get(recipe.method, {}), len(recipe.order))
+    if recipe.method in _MERGING and recipe.merge.rule in RULES:
+        return _rule("merge.parameters", recipe.merge.rule, recipe.merge.parameters, 2)
+    return []
+
+
+def _rule(where: str, name: str, values: Mapping[str, Any], experts: int) -> list[str]:
+    return _message(where, lambda: parameters_for(rule_named(name), values, experts))
+
+
+def _device_problems(recipe: Recipe) -> list[str]:
+    name = recipe.execution.device
+    if name == "auto":
+        return []
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        reason = str(error).splitlines()[0]
+        return [f"execution.device: {name} cannot be used here ({reason}); auto takes what is here"]
+    return []
+
+
+def _message(where: str, attempt: Callable[[], object]) -> list[str]:
+    """What an attempt complains of, behind the recipe's key."""
+    try:
+        attempt()
+    except GraftlineError as error:
+        return [f"{where}: {error}"]
+    return []
