@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 
 from graftline.data.rows import split_file
-from graftline.execution import DTYPES, TIMING, is_done
+from graftline.execution import TIMING, is_done
 from graftline.model.connectors import MixerConnector
 from graftline.model.efficientnet import FrameEncoder, ImageEncoder
 from graftline.model.point_sets import BasisPointSetEncoder
@@ -34,6 +34,7 @@ from graftline.model.whisper import WhisperAudioEncoder
 from graftline.plan import Step
 from graftline.recipe import Recipe
 from graftline.store import Store
+from graftline.work import DTYPES
 
 CHARACTERS_A_TOKEN = 4.0
 """Of English text, in a vocabulary of some 50,000 tokens."""

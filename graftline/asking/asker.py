@@ -13,12 +13,12 @@ from graftline.asking.media import Medium, named_error, read_medium
 from graftline.asking.parts import Parts, load_parts
 from graftline.errors import GraftlineError
 from graftline.evaluation.answering import answer_batches
-from graftline.execution import Machine
 from graftline.model.encoders import Encoder, load_encoder
 from graftline.model.loading import LoadedModel
 from graftline.model.multimodal import collate
 from graftline.model.prompts import EncodedPrompt
 from graftline.model.routing.router import ATTRIBUTE, TEXT
+from graftline.work import Machine
 
 BATCH = 32
 """Conversations that are answered together."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from graftline.errors import GraftlineError
-from graftline.execution import DTYPES, Machine
 from graftline.methods import Stage
 from graftline.model.attention import attention_for
 from graftline.model.backbone import load_backbone
@@ -18,6 +17,7 @@ from graftline.model.routing.composed import route_to_adapters, route_to_experts
 from graftline.plan import Reference
 from graftline.run_plan import RunPlan
 from graftline.store import Store
+from graftline.work import DTYPES, Machine
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ from flows import chatting, using
 from flows.cli import app
 from graftline.asking.asker import Asker
 from graftline.errors import GraftlineError
-from graftline.execution import RUNNERS, Machine, Work, execute
+from graftline.execution import RUNNERS, execute
 from graftline.model.backbone import load_backbone
 from graftline.model.multimodal import collate
 from graftline.model.routing.router import routed
 from graftline.recipe import load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
+from graftline.work import Machine, Work
 from tasks.data import known_version
 from tasks.models import find_finished, find_parts
 
