@@ -119,7 +119,7 @@ def parts_of_plan(plan: RunPlan, store: Store, stage: int | None = None) -> Part
         base=backbones[model.base] if model.base else None,
         experts={name: backbones[each] for name, each in model.experts.items()},
         adapters={name: backbones[each] for name, each in model.adapters.items()},
-        text=recipe.compose.text,
+        text=model.text or recipe.compose.text,
     )
 
 
