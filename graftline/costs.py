@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from graftline.data.examples import ROWS, replay_rows
 from graftline.evaluation.report import JOINT
 from graftline.execution import TIMING
+from graftline.model.loading import read_record
 from graftline.plan import Reference, Step
 from graftline.run_plan import RunPlan
 from graftline.store import Store
@@ -195,12 +196,22 @@ def _changed(step: Step, store: Store) -> int:
     for file in [*folder.glob("backbone/*.safetensors"), *folder.glob("connector-*.safetensors")]:
         inside = file.relative_to(folder)
         before = [read_header(p / inside) for p in parents if (p / inside).is_file()]
+        measured = _measured(file)
         for name, entry in read_header(file).items():
-            if any(name in header and _same(entry, header[name]) for header in before):
+            known = (header[name] for header in before if name in header)
+            if name in measured or any(_same(entry, other) for other in known):
                 continue
             low_rank = rank is not None and len(entry.shape) == 2 and before
             count += (rank or 0) * sum(entry.shape) if low_rank else entry.elements
     return count
+
+
+def _measured(file: Path) -> set[str]:
+    """Tensors of a connector that are statistics of its features, and no weights."""
+    _, is_connector, modality = file.stem.partition("connector-")
+    if not is_connector:
+        return set()
+    return {name for name, _ in read_record(file.parent, modality).build().named_buffers()}
 
 
 def _same(one: Entry, other: Entry) -> bool:

@@ -22,7 +22,7 @@ from graftline.evaluation.comparison_table import (
     difference_table,
     facts,
     main_table,
-    spent,
+    together,
     undefined,
 )
 from graftline.evaluation.style import words
@@ -69,7 +69,7 @@ def page(
         letters={letter: words(name) for name, letter in initials(first.orders[0]).items()},
         first_order=", ".join(words(name) for name in first.orders[0]),
         shares={name: round(100 * share, 1) for name, share in time.shares().items()},
-        spent=spent(time) if time.shares() else "",
+        spent=together(time) if time.shares() else "",
         data_md5=data_md5,
     )
 

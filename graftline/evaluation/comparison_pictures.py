@@ -104,7 +104,9 @@ def frontier_panel(methods: Sequence[ComparedMethod]) -> Panel | None:
         f"FRG {method.intervals['frg_mean'].estimate:.1f}"
         for method in both
     )
-    return Panel("frontier", "BRG against FRG", text, lambda axes: _frontier(axes, both), (5.0, 4))
+    return Panel(
+        "frontier", "BRG against FRG", text, lambda axes: _frontier(axes, both), (4.2, 3.8)
+    )
 
 
 def order_panels(methods: Sequence[ComparedMethod]) -> list[Panel]:

@@ -180,8 +180,13 @@ def undefined(methods: Sequence[ComparedMethod]) -> list[str]:
 def spent(time: TimeSpent) -> str:
     """The shares of the comparison's time in one sentence."""
     parts = [f"{name} {100 * share:.1f} %" for name, share in time.shares().items()]
+    return f"Time: {', '.join(parts)}. {together(time)}"
+
+
+def together(time: TimeSpent) -> str:
+    """The sum of all steps' time in one sentence."""
     hours = sum(time.computing.values()) / 3600.0
-    return f"Time: {', '.join(parts)}; all steps together took {hours:.2f} hours."
+    return f"All steps together took {hours:.2f} hours, one after another."
 
 
 def _columns(
