@@ -88,7 +88,7 @@ class Chat:
         self._say(answer)
 
     def _note(self, text: str, style: str = "dim") -> None:
-        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        self._console.out(text, style=style, highlight=False)
 
 
 def converse(chat: Chat, lines: Iterable[str]) -> None:

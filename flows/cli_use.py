@@ -100,7 +100,7 @@ def ask(
         out.print(f"{answers}: {count} answers", markup=False, highlight=False, soft_wrap=True)
         return
     text = using.ask(asker, media, str(question), console)
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.out(text, highlight=False)  # what a model says is no markup and holds no emoji codes
 
 
 def chat(
@@ -119,7 +119,7 @@ def chat(
     asker = using.open_model(model, overrides, stage, device=device, max_new_tokens=longest)
 
     def say(answer: str) -> None:
-        out.print(answer, markup=False, highlight=False, soft_wrap=True)
+        out.out(answer, highlight=False)
 
     conversation = chatting.Chat(asker, say, console)
     console.print(f"{asker.parts.name}. {conversation.help()}", markup=False, soft_wrap=True)

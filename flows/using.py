@@ -63,7 +63,7 @@ def show(asker: Asker, media: Sequence[tuple[str, Path]], console: Console) -> l
     if problems:
         raise GraftlineError("\n".join(problems))
     for note in (note for medium in read for note in medium.notes):
-        console.print(f"note: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+        console.out(f"note: {note}", style="dim", highlight=False)
     return asker.show(read, [path for _, path in media])
 
 
