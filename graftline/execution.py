@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from graftline.asking.parts import Parts, load_parts
 from graftline.data.build import checksums
 from graftline.data.examples import ROWS, ExampleSet
 from graftline.data.features import compute_features
@@ -25,9 +26,8 @@ from graftline.merging.backbones import merge_backbones
 from graftline.merging.streaming import MergeRequest, merge_checkpoints
 from graftline.model.backbone import convert_gguf, make_tiny
 from graftline.model.encoders import load_encoder
-from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
+from graftline.model.loading import LoadedModel
 from graftline.model.routing.adapters import write_adapters
-from graftline.model.routing.composed import route_to_adapters, route_to_experts, route_to_masks
 from graftline.model.routing.layers import routable_parameters
 from graftline.plan import Step
 from graftline.progress import track
@@ -251,28 +251,23 @@ def _write_answers(
 
 
 def _assembled(work: Work) -> LoadedModel:
-    """The backbone with the connectors among the parents, routed where the step says so."""
-    pairs = []
-    for modality, folder in work.role("connector").items():
-        record = read_record(folder, modality)
-        pairs.append((record, read_connector(folder, record)))
-    loaded = assemble(load(work), pairs, work.step.parameters["system_prompt"])
-    return _routed(work, loaded) if "routing" in work.step.parameters else loaded
-
-
-def _routed(work: Work, loaded: LoadedModel) -> LoadedModel:
-    """Lets each modality's tokens meet their own weights: an expert's, or masked ones."""
-    experts, text = work.role("expert"), work.step.parameters["text"]
-    adapters = work.role("adapters")
-    if adapters:
-        folders = {modality: folder / "backbone" for modality, folder in adapters.items()}
-        return route_to_adapters(loaded, folders, text)
-    if experts:
-        folders = {modality: folder / "backbone" for modality, folder in experts.items()}
-        return route_to_experts(loaded, folders, text)
-    composed = work.parents["backbone"].folder / "backbone"
-    base = work.parents["base"].folder / "backbone"
-    return route_to_masks(loaded, list(work.role("connector")), composed, base, text)
+    """The backbone with the connectors among the parents, routed where there is something to."""
+    given, base = work.step.parameters, work.parents.get("base")
+    experts, adapters = work.role("expert"), work.role("adapters")
+    parts = Parts(
+        name=work.step.title,
+        backbone=work.parents["backbone"].folder / "backbone",
+        connectors=work.role("connector"),
+        encoders={},
+        precision=given["precision"],
+        attention=given["attention"],
+        system_prompt=given["system_prompt"],
+        max_new_tokens=given["max_new_tokens"],
+        base=base.folder / "backbone" if base else None,
+        experts={modality: folder / "backbone" for modality, folder in experts.items()},
+        adapters={modality: folder / "backbone" for modality, folder in adapters.items()},
+    )
+    return load_parts(parts, work.machine.device, given.get("text", "merged"))
 
 
 def _perplexity(work: Work) -> None:

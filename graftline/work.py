@@ -41,11 +41,7 @@ class Machine:
     @property
     def torch_device(self) -> str:
         """The device itself where the recipe says `auto`."""
-        if self.device != "auto":
-            return self.device
-        if torch.cuda.is_available():
-            return "cuda"
-        return "cpu"
+        return device_named(self.device)
 
 
 @dataclass(frozen=True)
@@ -92,12 +88,29 @@ def call_of(work: Work) -> phases.Call:
 
 def load(work: Work) -> tuple[Any, Any]:
     """The step's backbone and its tokenizer."""
-    parameters = work.step.parameters
-    attention, device = parameters["attention"], work.machine.torch_device
-    folder = work.parents["backbone"].folder / "backbone"
+    given, folder = work.step.parameters, work.parents["backbone"].folder / "backbone"
+    return open_backbone(folder, given["precision"], given["attention"], work.machine.torch_device)
+
+
+def open_backbone(folder: Path, precision: str, attention: str, device: str) -> tuple[Any, Any]:
+    """A backbone and its tokenizer, by a recipe's words.
+
+    Args:
+        folder: a `transformers` folder.
+        precision: name of its weights' dtype.
+        attention: `auto`, or `transformers`' name of an implementation.
+        device: where it goes.
+    """
     if attention == "auto":
         attention = attention_for(folder, device)
-    return load_backbone(folder, DTYPES[parameters["precision"]], attention, device)
+    return load_backbone(folder, DTYPES[precision], attention, device)
+
+
+def device_named(device: str) -> str:
+    """The device itself where a recipe says `auto`."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def phase_settings(parameters: Any) -> PhaseSettings:

@@ -18,7 +18,7 @@ from graftline.model.loading import LoadedModel
 from graftline.model.multimodal import collate
 from graftline.model.prompts import EncodedPrompt
 from graftline.model.routing.router import ATTRIBUTE, TEXT
-from graftline.work import Machine
+from graftline.work import device_named
 
 BATCH = 32
 """Conversations that are answered together."""
@@ -107,7 +107,7 @@ class Asker:
     def _encoder(self, modality: str) -> Encoder:
         if modality not in self._encoders:
             name = self.parts.encoders[modality]["name"]
-            place = Machine(self.parts.backbone, self._device).torch_device
+            place = device_named(self._device)
             self._encoders[modality] = load_encoder(name, place)
         return self._encoders[modality]
 

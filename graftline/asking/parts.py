@@ -9,15 +9,16 @@ from typing import Literal
 
 from graftline.errors import GraftlineError
 from graftline.methods import Stage
-from graftline.model.attention import attention_for
-from graftline.model.backbone import load_backbone
 from graftline.model.encoders import encoder_identity
 from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
 from graftline.model.routing.composed import route_to_adapters, route_to_experts, route_to_masks
 from graftline.plan import Reference
 from graftline.run_plan import RunPlan
 from graftline.store import Store
-from graftline.work import DTYPES, Machine
+from graftline.work import device_named, open_backbone
+
+Text = Literal["merged", "modality"]
+"""What text meets where media are routed."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Parts:
     base: Path | None = None
     experts: Mapping[str, Path] = field(default_factory=dict)
     adapters: Mapping[str, Path] = field(default_factory=dict)
-    text: Literal["merged", "modality"] = "merged"
+    text: Text = "merged"
 
     @property
     def routed(self) -> bool:
@@ -123,30 +124,26 @@ def parts_of_plan(plan: RunPlan, store: Store, stage: int | None = None) -> Part
     )
 
 
-def load_parts(parts: Parts, device: str = "auto") -> LoadedModel:
-    """Loads a model as evaluation does, with all of its connectors.
-
-    Where text meets the weights of the prompt's modality (`text="modality"`), nothing is said yet
-    about which: whoever asks must (`Asker` does).
+def load_parts(parts: Parts, device: str = "auto", text: Text = "merged") -> LoadedModel:
+    """Loads a model with all of its connectors, routed where it has something to route to.
 
     Args:
         parts: the model.
         device: as in a recipe.
+        text: what text meets in every prompt. Whoever asks about several modalities in turn leaves
+            it at the merged weights and says for each prompt whose it meets (`Asker` does).
     """
-    place = Machine(parts.backbone, device).torch_device
-    attention = parts.attention
-    if attention == "auto":
-        attention = attention_for(parts.backbone, place)
-    backbone = load_backbone(parts.backbone, DTYPES[parts.precision], attention, place)
+    place = device_named(device)
+    backbone = open_backbone(parts.backbone, parts.precision, parts.attention, place)
     pairs = []
     for modality, folder in parts.connectors.items():
         record = read_record(folder, modality)
         pairs.append((record, read_connector(folder, record)))
     loaded = assemble(backbone, pairs, parts.system_prompt)
     if parts.adapters:
-        return route_to_adapters(loaded, parts.adapters)
+        return route_to_adapters(loaded, parts.adapters, text)
     if parts.experts:
-        return route_to_experts(loaded, parts.experts)
+        return route_to_experts(loaded, parts.experts, text)
     if parts.base is not None:
-        return route_to_masks(loaded, list(parts.connectors), parts.backbone, parts.base)
+        return route_to_masks(loaded, list(parts.connectors), parts.backbone, parts.base, text)
     return loaded
