@@ -47,7 +47,10 @@ def test_methods_are_compared_and_nothing_is_computed_twice(copy):
             assert 0.0 < metrics["idle_seconds"] <= metrics["wall_seconds"]
             assert (metrics["idle_seconds"] == metrics["wall_seconds"]) == found_all
             assert metrics["training_seconds"] < metrics["computing_seconds"]
-    rows = {row["method"]: row for row in csv.DictReader((folder / "table.csv").open())}
+    rows = {
+        row["method"]: row
+        for row in csv.DictReader((folder / "table.csv").read_text().splitlines())
+    }
     mera, alone = rows["mera"], rows["connector-only"]
     files = [f"align/*/connector-{name}" for name in ("image", "audio")]
     trained = max(weights(copy, file, "mean", "deviation") for file in files)
