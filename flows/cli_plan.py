@@ -20,8 +20,9 @@ def plan(
     """Print a recipe's problems, its steps and what they will cost; nothing is computed."""
     chosen = checked(recipe, overrides_of(method, seed, settings))
     from flows import planning
+    from tasks.outputs import usual_order
 
-    prospect = planning.look_ahead(chosen)
+    prospect = planning.look_ahead(chosen, usual_order(recipe))
     if as_json:
         out.print_json(json.dumps(planning.as_json(prospect)), indent=2)
     else:

@@ -20,6 +20,7 @@ from graftline.recipe import Recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
 from tasks.data import known_version
+from tasks.outputs import report_folder
 from tasks.preflight import bytes_needed, check_disk, check_folders, nearest
 from tasks.steps import by_stage
 
@@ -51,13 +52,19 @@ class Prospect:
     disk_free: int = 0
 
 
-def look_ahead(recipe: Recipe) -> Prospect:
-    """Plans a run and estimates its cost; starts nothing and writes nothing that stays."""
+def look_ahead(recipe: Recipe, usual: Sequence[str]) -> Prospect:
+    """Plans a run and estimates its cost; starts nothing and writes nothing that stays.
+
+    Args:
+        recipe: the recipe.
+        usual: the order that its file names.
+    """
     version = known_version(recipe.data.folder)
     data = version.md5 if version else NOT_BUILT
     splits = dict.fromkeys(("train", "validation", "test"), NOT_BUILT)
     files = version.files if version else dict.fromkeys(recipe.order, splits)
-    problems = recipe_problems(recipe, files) + _complaints(lambda: check_folders(recipe))
+    report = report_folder(recipe, usual)
+    problems = recipe_problems(recipe, files) + _complaints(lambda: check_folders(recipe, report))
     store = Store(recipe.store, verify="quick")
     try:
         plan = plan_run(recipe, files)

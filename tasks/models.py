@@ -22,11 +22,11 @@ from graftline.asking.bundle import (
 from graftline.asking.card import model_card
 from graftline.asking.parts import Parts, parts_of_plan, stage_of
 from graftline.errors import GraftlineError
-from graftline.recipe import Recipe, RecipeError, load_recipe
+from graftline.recipe import RecipeError, load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
 from tasks.data import known_version
-from tasks.outputs import report_folder
+from tasks.outputs import report_folder, usual_order
 from tasks.references import DataVersion
 
 RECIPES = Path("params")
@@ -42,12 +42,14 @@ class FinishedModel:
         data: the data's version.
         parts: where its parts lie.
         stage: whose model it is.
+        usual: the order that its recipe's file names.
     """
 
     plan: RunPlan
     data: DataVersion
     parts: Parts
     stage: int
+    usual: tuple[str, ...]
 
 
 def find_parts(model: str, overrides: Mapping[str, Any], stage: int | None = None) -> Parts:
@@ -79,7 +81,7 @@ def find_finished(model: str, overrides: Mapping[str, Any], stage: int | None) -
     if path.is_dir():
         return _from_report(path, overrides, stage)
     if path.suffix in (".yaml", ".yml") or path.is_file():
-        return _from_recipe(load_recipe(path, overrides), stage)
+        return _from_recipe(path, overrides, stage)
     registered = _REGISTERED.fullmatch(model)
     if registered is not None:
         return _from_registry(model, registered.groupdict(), overrides, stage)
@@ -90,7 +92,8 @@ def find_finished(model: str, overrides: Mapping[str, Any], stage: int | None) -
     )
 
 
-def _from_recipe(recipe: Recipe, stage: int | None) -> FinishedModel:
+def _from_recipe(path: Path, overrides: Mapping[str, Any], stage: int | None) -> FinishedModel:
+    recipe = load_recipe(path, overrides)
     data = known_version(recipe.data.folder)
     if data is None:
         raise GraftlineError(
@@ -102,21 +105,20 @@ def _from_recipe(recipe: Recipe, stage: int | None) -> FinishedModel:
         raise GraftlineError(f"{data.source}: holds no rows of {', '.join(missing)}")
     plan = plan_run(recipe, data.files)
     parts = parts_of_plan(plan, Store(recipe.store), stage)
-    return FinishedModel(plan, data, parts, stage_of(plan, stage).index)
+    return FinishedModel(plan, data, parts, stage_of(plan, stage).index, usual_order(path))
 
 
 def _from_report(folder: Path, overrides: Mapping[str, Any], stage: int | None) -> FinishedModel:
     path = folder / "metrics.json"
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        name, method, seed = metrics["recipe"], metrics["method"], metrics["seed"]
-        fingerprint = metrics["fingerprint"]
+        found = {key: metrics[key] for key in ("method", "seed", "order")}
+        name, fingerprint = metrics["recipe"], metrics["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GraftlineError(
             f"{folder}: is neither an exported model nor a report ({path.name} is missing or "
             "damaged); give one of these, or a recipe"
         ) from error
-    found = {"method": method, "seed": seed}
     return _made_by(str(folder), name, fingerprint, {**found, **overrides}, stage)
 
 
@@ -136,7 +138,7 @@ def _made_by(
 ) -> FinishedModel:
     """The model of the run that a report or the registry tells of."""
     path = recipe_named(name)
-    finished = _from_recipe(load_recipe(path, overrides), stage)
+    finished = _from_recipe(path, overrides, stage)
     if finished.plan.fingerprint != fingerprint:
         raise GraftlineError(
             f"{model}: was made with other settings, data or code than {path} and this project "
@@ -194,7 +196,7 @@ def described(model: FinishedModel) -> Description:
 def card_of(model: FinishedModel) -> str:
     """A model's card, with the scores of its run's report where that measured this very model."""
     last = model.plan.stages[-1].index
-    metrics = _metrics(report_folder(model.plan.recipe) / "metrics.json")
+    metrics = _metrics(report_folder(model.plan.recipe, model.usual) / "metrics.json")
     measured = model.stage == last and metrics.get("fingerprint") == model.plan.fingerprint
     return model_card(described(model), metrics if measured else None)
 
