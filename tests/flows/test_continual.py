@@ -153,7 +153,7 @@ def test_a_rival_runs_on_the_stages_of_others(copy):
     assert code == 0, text
     kinds = [name.split("/")[1] for name in set(copy.artifacts()) - before]
     assert sorted(kinds) == [
-        *3 * ["evaluate"], "evaluate-joint", "fisher", "guarded-fine-tune", "perplexity"
+        *2 * ["evaluate"], "evaluate-joint", "fisher", "guarded-fine-tune", "perplexity"
     ]  # fmt: skip
     losses = copy.mlflow("select count(*) from metrics where key = 'loss.guarded-fine-tune.audio'")
     assert losses[0][0] == 6
