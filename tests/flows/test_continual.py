@@ -157,11 +157,12 @@ def test_a_rival_runs_on_the_stages_of_others(copy):
     ]  # fmt: skip
     losses = copy.mlflow("select count(*) from metrics where key = 'loss.guarded-fine-tune.audio'")
     assert losses[0][0] == 6
-    metrics = json.loads((copy.folder / "reports/tiny-rival/ewc/order-image-audio/seed-0/metrics.json").read_text())
+    report, path = copy.folder / "reports", "ewc/order-image-audio/seed-0/metrics.json"
+    metrics = json.loads((report / "tiny-rival" / path).read_text())
     assert set(metrics["scores_vanilla"]) == set(metrics["scores_expert"]) == {"image", "audio"}
     code, text = copy.run(*rival, "--set", "name=tiny-s", "--set", "evaluation.references=false")
     assert code == 0, text
-    alone = json.loads((copy.folder / "reports/tiny-s/ewc/order-image-audio/seed-0/metrics.json").read_text())
+    alone = json.loads((report / "tiny-s" / path).read_text())
     assert alone["scores"] == metrics["scores"]
     assert alone["undefined"]["retention"] == "no expert was scored"
     assert alone["undefined"]["frg_mean"] == "no vanilla model was scored"
