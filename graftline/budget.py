@@ -15,7 +15,7 @@ from typing import Any
 
 from graftline.comparison import Comparison, WantedRun, prefix_stages
 from graftline.costs import lineage, model_parts
-from graftline.execution import TIMING
+from graftline.execution import TIMING, recorded_seconds
 from graftline.manifest import MANIFEST
 from graftline.plan import Reference, Step
 from graftline.recipe import ExecutionSettings, load_recipe
@@ -161,12 +161,14 @@ def _history(kind: str, store: Store) -> dict[str, list[float]]:
     """Parameters without the seed -> seconds of published steps of a kind."""
     found: dict[str, list[float]] = {}
     for file in sorted((store.root / kind).glob(f"[!.]*/{TIMING}")):
+        seconds = recorded_seconds(file.parent)
+        if seconds is None:
+            continue
         try:
-            seconds = json.loads(file.read_text(encoding="utf-8"))["step_seconds"]
             manifest = json.loads((file.parent / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError):
-            continue  # of an older version, or damaged: no history, and nobody's input here
-        found.setdefault(_key(manifest.get("parameters", {})), []).append(float(seconds))
+        except (OSError, ValueError):
+            continue  # damaged: no history, and nobody's input here
+        found.setdefault(_key(manifest.get("parameters", {})), []).append(seconds)
     return found
 
 

@@ -82,6 +82,14 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
     )
 
 
+def recorded_seconds(folder: Path) -> float | None:
+    """How long the whole step of an artifact's folder took; None if that is not recorded there."""
+    try:
+        return float(json.loads((folder / TIMING).read_text(encoding="utf-8"))["step_seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # of an older version, or damaged: no history, and nobody's input
+
+
 def _record_seconds(file: Path, seconds: float) -> None:
     """Adds the whole step's duration to what it noted itself (a phase notes its loop's)."""
     noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

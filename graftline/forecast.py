@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 
 from graftline.data.rows import split_file
-from graftline.execution import TIMING, is_done
+from graftline.execution import TIMING, is_done, recorded_seconds
 from graftline.model.connectors import MixerConnector
 from graftline.model.efficientnet import FrameEncoder, ImageEncoder
 from graftline.model.point_sets import BasisPointSetEncoder
@@ -235,11 +235,9 @@ def median_seconds(store: Store) -> dict[str, float]:
     """Kind of step -> median of what its artifacts in a store took, in seconds."""
     found: dict[str, list[float]] = {}
     for file in store.root.glob(f"[!.]*/[!.]*/{TIMING}"):
-        try:
-            seconds = json.loads(file.read_text(encoding="utf-8"))["step_seconds"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # an artifact without a duration tells nothing
-        found.setdefault(file.parent.parent.name, []).append(float(seconds))
+        seconds = recorded_seconds(file.parent)
+        if seconds is not None:
+            found.setdefault(file.parent.parent.name, []).append(seconds)
     return {kind: statistics.median(seconds) for kind, seconds in found.items()}
 
 

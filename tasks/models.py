@@ -26,7 +26,7 @@ from graftline.recipe import RecipeError, load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
 from tasks.data import known_version
-from tasks.outputs import report_folder, usual_order
+from tasks.outputs import read_object, report_folder, usual_order
 from tasks.references import DataVersion
 
 RECIPES = Path("params")
@@ -196,14 +196,6 @@ def described(model: FinishedModel) -> Description:
 def card_of(model: FinishedModel) -> str:
     """A model's card, with the scores of its run's report where that measured this very model."""
     last = model.plan.stages[-1].index
-    metrics = _metrics(report_folder(model.plan.recipe, model.usual) / "metrics.json")
+    metrics = read_object(report_folder(model.plan.recipe, model.usual) / "metrics.json")
     measured = model.stage == last and metrics.get("fingerprint") == model.plan.fingerprint
     return model_card(described(model), metrics if measured else None)
-
-
-def _metrics(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -61,6 +62,15 @@ def compare_folder(recipe_name: str) -> Path:
 def pictures(folder: Path) -> list[Path]:
     """The paths of a report's pictures: the score matrix, the scores over stages."""
     return [folder / "scores.png", folder / "stages.png"]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that was written beside a result; empty if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def finished_reports(recipe_name: str) -> list[Path]:

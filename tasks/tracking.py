@@ -26,6 +26,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_I
 from graftline.errors import GraftlineError
 from graftline.plan import Step
 from graftline.recipe import Recipe
+from tasks.outputs import read_object
 from tasks.references import DataVersion, TrackedRun
 
 FOLDER = Path("mlruns")
@@ -189,12 +190,12 @@ def log_step(tracked: TrackedRun, step: Step, folder: Path, *, reused: bool) -> 
     key = ".".join([step.kind, *(str(name) for name in chosen if name)])
     now = _now()
     metrics: list[Metric] = []
-    history = _json(folder / "history.json")
+    history = read_object(folder / "history.json")
     for i, loss in enumerate(history.get("losses", []), start=1):
         metrics.append(Metric(f"loss.{key}", float(loss), now, i))
     for i, norm in enumerate(history.get("norms", []), start=1):
         metrics.append(Metric(f"gradient_norm.{key}", float(norm), now, i))
-    timing = _json(folder / "timing.json")
+    timing = read_object(folder / "timing.json")
     if "seconds" in timing:
         metrics.append(Metric(f"seconds.{key}", float(timing["seconds"]), now, 0))
         if history.get("tokens") and timing["seconds"] > 0:
@@ -333,14 +334,6 @@ def _log_data(client: MlflowClient, run_id: str, data: DataVersion) -> None:
     )
     tags = [InputTag(MLFLOW_DATASET_CONTEXT, "training")]
     client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags)])
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _now() -> int:
