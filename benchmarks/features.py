@@ -25,7 +25,7 @@ import torch
 from starter_parts import artifacts, optimizer_of, untrained
 
 from graftline.data.rows import decode, read_split
-from graftline.model.encoders import load_encoder
+from graftline.encoders import describe_encoder, media_kind, open_encoder
 from graftline.model.multimodal import Batch
 from graftline.recipe import load_recipe
 
@@ -41,7 +41,8 @@ def main() -> None:
     modality = arguments.modality
     loaded, batches = untrained(recipe, modality, artifacts(recipe, modality), torch.bfloat16)
     optimizer = optimizer_of(loaded, modality)
-    encoder = load_encoder(recipe.modality(modality).encoder, "cpu")
+    kind = media_kind(recipe, modality)
+    encoder = open_encoder(describe_encoder(recipe.modality(modality).encoder, kind), "cpu")
     media = read_split(Path(recipe.data.folder), modality, "train")["media"]
 
     def cached(batch: Batch) -> Batch:

@@ -16,6 +16,8 @@ from graftline.data.examples import ROWS, ExampleSet
 from graftline.data.features import compute_features
 from graftline.data.parts import SMOLLM2, fetch
 from graftline.data.rows import SPLITS, read_split
+from graftline.encoders import FEATURES, open_encoder
+from graftline.encoders.arrays import compute_array_features
 from graftline.errors import GraftlineError
 from graftline.evaluation.answering import answer_all, answer_batches
 from graftline.evaluation.joint import JointSet
@@ -25,8 +27,8 @@ from graftline.guarded_steps import fisher, guarded_fine_tune
 from graftline.merging.backbones import merge_backbones
 from graftline.merging.streaming import MergeRequest, merge_checkpoints
 from graftline.model.backbone import convert_gguf, make_tiny
-from graftline.model.encoders import load_encoder
 from graftline.model.loading import LoadedModel
+from graftline.model.own_backbone import write_own_backbone
 from graftline.model.routing.adapters import write_adapters
 from graftline.model.routing.layers import routable_parameters
 from graftline.plan import Step
@@ -34,6 +36,7 @@ from graftline.progress import track
 from graftline.recipe import LoraSettings
 from graftline.store import Artifact, Store
 from graftline.training import phases
+from graftline.training.resampling import align_resampler
 from graftline.work import Machine, Work, call_of, load, phase_settings
 
 TIMING = "timing.json"
@@ -98,8 +101,10 @@ def _record_seconds(file: Path, seconds: float) -> None:
 
 
 def _backbone(work: Work) -> None:
-    out = work.out / "backbone"
-    if work.step.parameters["source"] == "tiny-random":
+    source, out = work.step.parameters["source"], work.out / "backbone"
+    if not isinstance(source, str):
+        write_own_backbone(source, out)
+    elif source == "tiny-random":
         make_tiny(out, seed=0)
     else:
         convert_gguf(fetch(SMOLLM2), out)
@@ -111,7 +116,9 @@ def _features(work: Work) -> None:
 
     parameters = work.step.parameters
     modality = parameters["modality"]
-    encoder = load_encoder(parameters["encoder"]["name"], work.machine.torch_device)
+    encoder = open_encoder(parameters["encoder"], work.machine.torch_device)
+    media = parameters["encoder"].get("media", modality)
+    compute = compute_array_features if media == FEATURES else compute_features
     _check_data(work.machine.data_folder, modality, parameters["files"])
     for split in SPLITS:
         rows = read_split(work.machine.data_folder, modality, split)
@@ -119,9 +126,7 @@ def _features(work: Work) -> None:
         if limit is not None:
             rows = rows.select(range(min(limit, len(rows))))
         with track(f"{modality}: features of {split}", len(rows)) as advance:
-            compute_features(
-                rows, modality, encoder, work.out / split, progress=partial(advance, "")
-            )
+            compute(rows, media, encoder, work.out / split, progress=partial(advance, ""))
         text = rows.select_columns(["id", "task", "question", "answers"]).to_list()
         pq.write_table(pa.Table.from_pylist(text), work.out / split / ROWS)
 
@@ -141,9 +146,9 @@ def _check_data(folder: Path, modality: str, expected: dict[str, str]) -> None:
 
 def _align(work: Work) -> None:
     parameters = work.step.parameters
-    phases.align(
-        call_of(work), phase_settings(parameters), parameters["modality"], parameters["connector"]
-    )
+    shape = parameters["connector"]
+    align = align_resampler if shape.get("kind") == "resampler" else phases.align
+    align(call_of(work), phase_settings(parameters), parameters["modality"], shape)
 
 
 def _realign(work: Work) -> None:

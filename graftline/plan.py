@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from graftline.encoders import describe_encoder, encoder_code, media_kind
 from graftline.manifest import fingerprint_of
 from graftline.merging.rules import parameters_for, rule_named
-from graftline.model.encoders import encoder_identity
+from graftline.model.connector_kinds import connector_parameters
+from graftline.model.own_backbone import backbone_parameters
 from graftline.recipe import LoraSettings, PhaseSettings, Recipe, RivalName
 from graftline.step_code import code_digest, source_digest
 
@@ -127,14 +129,17 @@ class Planner:
 
     def backbone(self) -> Reference:
         """theta_0, as a folder that `transformers` loads."""
-        return self._add("backbone", {"source": self.recipe.backbone.source}, {}, "base LLM", 0)
+        parameters = backbone_parameters(self.recipe.backbone.source)
+        return self._add("backbone", parameters, {}, "base LLM", 0)
 
     def features(self, modality: str) -> Reference:
         """What the frozen encoder says of every row, and the rows' text."""
         encoder = self.recipe.modality(modality).encoder
+        described = describe_encoder(encoder, media_kind(self.recipe, modality))
         parameters = {
             "modality": modality,
-            "encoder": encoder_identity(encoder),
+            "encoder": described,
+            **encoder_code(described),
             "files": dict(self.data_files[modality]),
             "rows": self.recipe.data.rows,
         }
@@ -145,7 +150,7 @@ class Planner:
         parameters = {
             **self._training(self.recipe.align),
             "modality": modality,
-            "connector": self.recipe.modality(modality).connector.model_dump(),
+            "connector": connector_parameters(self.recipe.modality(modality).connector),
         }
         parents = {"backbone": backbone, f"features.{modality}": self.features(modality)}
         return self._add("align", parameters, parents, f"{modality}: align", stage)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from graftline.data.rows import SPLITS
+from graftline.encoders import encoder_problem, media_kind
 from graftline.errors import GraftlineError
 from graftline.merging.rules import RULES, parameters_for, rule_named
-from graftline.model.encoders import encoder_identity
+from graftline.model.own_backbone import backbone_problem
 from graftline.recipe import Recipe
 
 _MERGING = ("mera", "merge-only")
@@ -26,10 +27,11 @@ def recipe_problems(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]])
     Returns:
         A line a problem: where it is and what to do; empty when there is none.
     """
-    problems = []
+    backbone = backbone_problem(recipe.backbone.source)
+    problems = [f"backbone.source: {backbone}"] if backbone else []
     for modality in recipe.order:
-        encoder = recipe.modality(modality).encoder
-        problems += _message(f"modalities.{modality}.encoder", lambda: encoder_identity(encoder))  # noqa: B023
+        found = encoder_problem(recipe.modality(modality).encoder, media_kind(recipe, modality))
+        problems += [f"modalities.{modality}.encoder: {found}"] if found else []
         missing = [split for split in SPLITS if split not in data_files.get(modality, {})]
         if missing:
             files = ", ".join(f"{recipe.data.folder}/{modality}/{each}.parquet" for each in missing)

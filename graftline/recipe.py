@@ -11,6 +11,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from graftline.errors import GraftlineError
+from graftline.model_settings import (
+    ENCODER_PARTS,
+    BackboneChoice,
+    BackboneSize,
+    BackboneSource,
+    ConnectorSettings,
+    EncoderChoice,
+    EstimateSettings,
+)
 
 Modality = Literal["image", "audio", "video", "point_cloud"]
 RivalName = Literal["replay", "ewc", "lwf", "der", "attention-only", "o-lora", "pathweave"]
@@ -46,24 +55,24 @@ class DataSettings(Part):
 class BackboneSettings(Part):
     """The LLM shared by all modalities."""
 
-    source: Literal["smollm2-135m-instruct", "tiny-random"] = "smollm2-135m-instruct"
+    source: BackboneChoice = Field(
+        "smollm2-135m-instruct",
+        description="smollm2-135m-instruct, tiny-random, or your own as {name, revision}, {folder} "
+        "or {gguf}",
+    )
     system_prompt: str = Field("", description="text of the chat template's system turn")
     attention: Literal["auto", "eager", "sdpa"] = Field(
         "auto", description="auto: grouped matrix products on CPU (faster there), sdpa on a GPU"
     )
-
-
-class ConnectorSettings(Part):
-    """Shape of a connector: features of one medium to LLM input embeddings."""
-
-    tokens: int = Field(4, ge=1, le=1024, description="LLM input embeddings a medium becomes")
-    hidden: int = Field(512, ge=1, description="width of the hidden layer")
+    size: BackboneSize | None = Field(
+        None, description="what a plan assumes before the weights are here; changes no result"
+    )
 
 
 class ModalitySettings(Part):
     """One modality: who encodes it and how it is connected."""
 
-    encoder: str
+    encoder: EncoderChoice
     connector: ConnectorSettings = ConnectorSettings()
 
 
@@ -241,6 +250,7 @@ class Recipe(Part):
     rivals: RivalSettings = RivalSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     execution: ExecutionSettings = ExecutionSettings()
+    estimate: EstimateSettings = EstimateSettings()
     store: str = Field("artifacts", description="folder of the artifact store")
 
     def modality(self, name: str) -> ModalitySettings:
@@ -328,10 +338,11 @@ def _set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
 
 def _describe(problem: Any) -> str:
     """One pydantic problem as a line: where, what, and the nearest valid name."""
-    location = [str(part) for part in problem["loc"] if part != "[key]"]
+    names = [str(part) for part in problem["loc"]]
+    location = [name for name in names if not name.startswith("[")]  # without tags of a choice
     where = ".".join(location) or "recipe"
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(location[-1], _keys_beside(location))}"
+        return f"{where}: unknown key{_nearest(location[-1], _keys_beside(names))}"
     if problem["type"] == "literal_error":
         choices = [choice.strip(" '") for choice in _choices(problem)]
         given = str(problem["input"])
@@ -355,6 +366,10 @@ def _keys_beside(location: Sequence[str]) -> list[str]:
             part = annotation
         elif name == "modalities":
             part = ModalitySettings
+        elif name in ENCODER_PARTS:
+            part = ENCODER_PARTS[name]
+        elif name == "[own]":
+            part = BackboneSource
     return list(part.model_fields)
 
 

@@ -22,6 +22,7 @@ from graftline.asking.bundle import (
 from graftline.asking.card import model_card
 from graftline.asking.parts import Parts, parts_of_plan, stage_of
 from graftline.errors import GraftlineError
+from graftline.model.own_backbone import backbone_name
 from graftline.recipe import RecipeError, load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
@@ -179,8 +180,8 @@ def described(model: FinishedModel) -> Description:
         order=recipe.order,
         data_md5=model.data.md5,
         run_fingerprint=model.plan.fingerprint,
-        backbone=recipe.backbone.source,
-        backbone_part=describe_part(BACKBONE_PARTS.get(recipe.backbone.source)),
+        backbone=backbone_name(recipe.backbone.source),
+        backbone_part=describe_part(BACKBONE_PARTS.get(backbone_name(recipe.backbone.source))),
         encoders=describe_encoders(parts),
         experts=tuple(parts.experts),
         adapters=tuple(parts.adapters),

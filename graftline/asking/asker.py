@@ -11,9 +11,10 @@ import torch
 from graftline.asking.conversation import Shown, Turn, encode_conversation
 from graftline.asking.media import Medium, named_error, read_medium
 from graftline.asking.parts import Parts, load_parts
+from graftline.encoders import open_encoder
 from graftline.errors import GraftlineError
 from graftline.evaluation.answering import answer_batches
-from graftline.model.encoders import Encoder, load_encoder
+from graftline.model.encoders import Encoder
 from graftline.model.loading import LoadedModel
 from graftline.model.multimodal import collate
 from graftline.model.prompts import EncodedPrompt
@@ -106,9 +107,8 @@ class Asker:
 
     def _encoder(self, modality: str) -> Encoder:
         if modality not in self._encoders:
-            name = self.parts.encoders[modality]["name"]
             place = device_named(self._device)
-            self._encoders[modality] = load_encoder(name, place)
+            self._encoders[modality] = open_encoder(self.parts.encoders[modality], place)
         return self._encoders[modality]
 
     @property

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from graftline import durable
 from graftline.asking.parts import Parts
 from graftline.data.parts import EFFICIENTNET_LITE0, SMOLLM2, WHISPER_TINY_EN, Part
+from graftline.encoders import same_here
 from graftline.errors import GraftlineError
 from graftline.manifest import (
     FORMAT,
@@ -33,7 +34,6 @@ from graftline.manifest import (
     verify_folder,
 )
 from graftline.model.efficientnet import FrameEncoder, ImageEncoder
-from graftline.model.encoders import encoder_identity
 from graftline.model.whisper import WhisperAudioEncoder
 from graftline.progress import track
 
@@ -58,6 +58,11 @@ class EncoderDescription(_Described):
     name: str
     sha256: str
     part: dict[str, str] | None
+    own: dict[str, Any] | None = Field(None, description="of a user's encoder: how to open it")
+
+    def recorded(self) -> dict[str, Any]:
+        """As a plan records the encoder."""
+        return {"name": self.name, "sha256": self.sha256, **(self.own or {})}
 
 
 class Description(_Described):
@@ -91,6 +96,7 @@ def describe_encoders(parts: Parts) -> dict[str, EncoderDescription]:
             name=encoder["name"],
             sha256=encoder["sha256"],
             part=describe_part(ENCODER_PARTS.get(encoder["name"])),
+            own={k: v for k, v in encoder.items() if k not in ("name", "sha256")} or None,
         )
         for modality, encoder in parts.encoders.items()
     }
@@ -214,7 +220,7 @@ def read_bundle(folder: Path) -> Parts:
         name=f"{folder.name} ({found.recipe} · {found.method} · stage {found.stage})",
         backbone=folder / "backbone",
         connectors=dict.fromkeys(found.encoders, folder / "connectors"),
-        encoders={m: {"name": e.name, "sha256": e.sha256} for m, e in found.encoders.items()},
+        encoders={modality: each.recorded() for modality, each in found.encoders.items()},
         precision=found.precision,
         attention=found.attention,
         system_prompt=found.system_prompt,
@@ -228,7 +234,7 @@ def read_bundle(folder: Path) -> Parts:
 
 def _check_encoders(folder: Path, description: Description) -> None:
     for modality, encoder in description.encoders.items():
-        here = encoder_identity(encoder.name)["sha256"]
+        here = same_here(encoder.recorded())
         if here != encoder.sha256:
             raise GraftlineError(
                 f"{folder}: its {modality} encoder {encoder.name} has the digest "

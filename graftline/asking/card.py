@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from graftline.asking.bundle import Description
+from graftline.model_settings import StarterBackbone
 
 _HEADLINES = {"brg": "BRG", "frg_mean": "FRG", "retention": "retention"}
 
@@ -95,13 +96,20 @@ def _licences(description: Description) -> list[str]:
     backbone = description.backbone_part
     if backbone is not None:
         lines.append(_licence(f"backbone: {description.backbone}", backbone))
-    else:
+    elif description.backbone in get_args(StarterBackbone):
         lines.append(f"| backbone: {description.backbone} | made by Graftline | |")
+    else:
+        lines.append(f"| backbone: {description.backbone} | the user | as its own |")
     for modality, encoder in description.encoders.items():
         if encoder.part is not None:
             lines.append(_licence(f"{modality} encoder: {encoder.name}", encoder.part))
-        else:
+        elif encoder.own is None:
             lines.append(f"| {modality} encoder: {encoder.name} | Graftline, no weights | |")
+        else:
+            source = encoder.own["settings"]["source"]
+            lines.append(
+                f"| {modality} encoder: {encoder.name} | the user, {source} | as its own |"
+            )
     return lines
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from graftline.encoders import describe_encoder, media_kind
 from graftline.errors import GraftlineError
 from graftline.methods import Stage
-from graftline.model.encoders import encoder_identity
 from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
 from graftline.model.routing.composed import route_to_adapters, route_to_experts, route_to_masks
 from graftline.plan import Reference
@@ -29,7 +29,7 @@ class Parts:
         name: what people read.
         backbone: `transformers` folder of what text meets.
         connectors: modality -> folder that holds its connector.
-        encoders: modality -> name and sha256 of its encoder.
+        encoders: modality -> name, sha256 and settings of its encoder, as plans record them.
         precision: dtype of the backbone.
         attention: `auto`, or `transformers`' name of an implementation.
         system_prompt: of the chat template.
@@ -43,7 +43,7 @@ class Parts:
     name: str
     backbone: Path
     connectors: Mapping[str, Path]
-    encoders: Mapping[str, Mapping[str, str]]
+    encoders: Mapping[str, Mapping[str, Any]]
     precision: str
     attention: str
     system_prompt: str
@@ -111,7 +111,8 @@ def parts_of_plan(plan: RunPlan, store: Store, stage: int | None = None) -> Part
         backbone=backbones[model.backbone],
         connectors={name: folders[each] for name, each in model.connectors.items()},
         encoders={
-            name: encoder_identity(recipe.modality(name).encoder) for name in model.connectors
+            name: describe_encoder(recipe.modality(name).encoder, media_kind(recipe, name))
+            for name in model.connectors
         },
         precision=recipe.precision,
         attention=recipe.backbone.attention,

@@ -1,0 +1,174 @@
+"""Rows that hold float arrays: a sensor's values, or features that another model made."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from graftline.data.features import FEATURES_FILE, ROWS_FILE, _check_finite, _write_header
+from graftline.data.rows import MediaError
+from graftline.errors import GraftlineError
+from graftline.model.encoders import Encoder
+from graftline.model_settings import FeatureRows
+
+MAX_VALUES = 64 * 1024 * 1024
+
+
+def decode_array(medium: bytes) -> NDArray[np.float32]:
+    """Reads the bytes of an npy file as float32 (tokens, width).
+
+    Raises:
+        MediaError: they are no npy, or hold something other than float16 or float32 in two axes,
+            nothing, too much, or what is not finite.
+    """
+    try:
+        stream = io.BytesIO(medium)
+        version = np.lib.format.read_magic(stream)
+        header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, _, dtype = header(stream)
+    except (ValueError, KeyError, OSError) as error:
+        raise MediaError(f"not a readable npy array ({len(medium)} bytes): {error}") from error
+    if dtype.kind != "f" or dtype.itemsize not in (2, 4):
+        raise MediaError(f"the array holds {dtype}; expected float16 or float32")
+    if len(shape) != 2 or 0 in shape or int(np.prod(shape)) > MAX_VALUES:
+        raise MediaError(f"the array has the shape {shape}; expected (tokens, width)")
+    try:
+        values = np.load(io.BytesIO(medium), allow_pickle=False).astype(np.float32)
+    except (ValueError, OSError, EOFError) as error:
+        raise MediaError(f"the array is damaged: {error}") from error
+    if not np.isfinite(values).all():
+        raise MediaError("the array holds NaN or infinite values")
+    return np.ascontiguousarray(values)
+
+
+class ArrayEncoder:
+    """Takes arrays as they are; all must have the tokens and the width of the first one.
+
+    Args:
+        settings: of the recipe. With `tokens`, rows of any length are averaged down to so many.
+        sha256: identity of the settings.
+    """
+
+    name = "features"
+
+    def __init__(self, settings: FeatureRows, sha256: str) -> None:
+        self.sha256 = sha256
+        self._pooled = settings.tokens
+        self._tokens, self._width = settings.tokens, settings.width
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a row; 0 before the first row was seen, if the recipe does not say."""
+        return self._tokens or 0
+
+    @property
+    def width(self) -> int:
+        """Width of a token; 0 before the first row was seen, if the recipe does not say."""
+        return self._width or 0
+
+    def encode(self, media: Sequence[np.ndarray]) -> torch.Tensor:
+        """Checks arrays and stacks them.
+
+        Args:
+            media: float32 (tokens, width) each.
+
+        Returns:
+            (batch, tokens, width) float32 on the CPU.
+
+        Raises:
+            GraftlineError: an array has another width or number of tokens; gives both figures.
+        """
+        found = []
+        for values in media:
+            self._width = self._width or values.shape[1]
+            if values.shape[1] != self._width:
+                raise GraftlineError(
+                    f"features of width {values.shape[1]}; expected {self._width}, as the recipe "
+                    "says or the first row has"
+                )
+            row = torch.from_numpy(np.asarray(values, np.float32))
+            found.append(pooled(row[None], self._pooled)[0] if self._pooled else row)
+            self._tokens = self._tokens or len(values)
+            if len(found[-1]) != self._tokens:
+                raise GraftlineError(
+                    f"{len(values)} tokens; expected {self._tokens}, as the first row has. Set "
+                    "tokens of the encoder, and every row is averaged down to so many"
+                )
+        return torch.stack(found)
+
+
+def pooled(features: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Averages neighbouring positions: (batch, positions, width) to (batch, tokens, width)."""
+    return torch.nn.functional.adaptive_avg_pool1d(features.transpose(1, 2), tokens).transpose(1, 2)
+
+
+def compute_array_features(
+    rows: Any,
+    modality: str,
+    encoder: Encoder,
+    out_folder: Path,
+    *,
+    batch: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Encodes rows that hold arrays; else as `graftline.data.features.compute_features`.
+
+    That one decodes pictures, sounds and points, and its code is part of every features'
+    fingerprint; so this stands beside it.
+
+    Args:
+        rows: a `datasets` dataset with the columns `id` and `media` (npy bytes).
+        modality: not used; arrays are arrays.
+        encoder: the frozen encoder.
+        out_folder: where to write; made if absent.
+        batch: rows encoded together.
+        progress: called after each batch with the number of its rows.
+
+    Raises:
+        GraftlineError: names file and row.
+    """
+    import json
+
+    out_folder.mkdir(parents=True, exist_ok=True)
+    path, total, ids = out_folder / FEATURES_FILE, len(rows), []
+    with path.open("wb") as stream:
+        for start in range(0, total, batch):
+            part = rows[start : start + batch]
+            names = [str(name) for name in part["id"]]
+            arrays = [_named(n, decode_array, m) for n, m in zip(names, part["media"], strict=True)]
+            features = _encoded(encoder, arrays, names).to(torch.float16)
+            if start == 0:  # only now is it known how wide a sensor's rows are
+                _write_header(stream, (total, encoder.tokens, encoder.width))
+            _check_finite(features, names, path)
+            stream.write(features.contiguous().numpy().astype("<f2", copy=False).tobytes())
+            ids += names
+            if progress is not None:
+                progress(len(names))
+    description = {"encoder": encoder.name, "sha256": encoder.sha256, "ids": ids}
+    (out_folder / ROWS_FILE).write_text(json.dumps(description), encoding="utf-8")
+
+
+def _encoded(encoder: Encoder, arrays: Sequence[np.ndarray], names: Sequence[str]) -> torch.Tensor:
+    """Features of a batch; an array that is refused names its row."""
+    try:
+        return encoder.encode(arrays)
+    except GraftlineError:
+        for name, values in zip(names, arrays, strict=True):
+            _named(name, encoder.encode, [values])
+        raise
+
+
+def _named(name: str, attempt: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return attempt(value)
+    except GraftlineError as error:
+        raise GraftlineError(f"row {name}: {error}") from error

@@ -1,0 +1,139 @@
+"""Encoders that are a Python class of an installed package: `source: python`.
+
+The class has two attributes and one method, and its arguments are the recipe's `settings`:
+
+    class MyEncoder:
+        tokens = 4   # that a medium becomes
+        width = 32   # of a token
+
+        def encode(self, media):  # a list of decoded media
+            ...                   # (batch, tokens, width), a torch tensor or a numpy array
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import re
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from graftline.errors import GraftlineError
+from graftline.model_settings import PythonEncoder
+
+GROUP = "graftline.encoders"
+"""The entry points' group."""
+_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def find_class(reference: str) -> Any:
+    """The class that a recipe names; only what can be imported, never a file's path.
+
+    Args:
+        reference: `package.module:Class`, or a name of the entry points' group.
+
+    Raises:
+        GraftlineError: there is no such package, class or entry point.
+    """
+    if ":" in reference:
+        return _imported(reference)
+    found = {point.name: point.value for point in entry_points(group=GROUP)}
+    if reference not in found:
+        raise GraftlineError(
+            f"python: no installed package has an entry point {reference!r} in the group {GROUP} "
+            f"(there are: {', '.join(sorted(found)) or 'none'}); write package.module:Class, or "
+            "install the package"
+        )
+    return _imported(found[reference])
+
+
+def _imported(reference: str) -> Any:
+    if not _REFERENCE.fullmatch(reference):
+        raise GraftlineError(f"python: {reference!r} is not of the form package.module:Class")
+    module_name, _, class_name = reference.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises
+        raise GraftlineError(
+            f"python: {module_name} cannot be imported ({error!r}); install its package into the "
+            "environment of graftline"
+        ) from error
+    if not isinstance(getattr(module, class_name, None), type):
+        raise GraftlineError(f"python: {module_name} has no class {class_name}")
+    return getattr(module, class_name)
+
+
+def class_identity(reference: str) -> dict[str, str]:
+    """The class's full name and the digest of the file that defines it.
+
+    What that file imports is not counted: give the class another name, or change a setting, when
+    something beneath it changes what it computes.
+
+    Raises:
+        GraftlineError: there is no such class, or no source file of it.
+    """
+    found = find_class(reference)
+    specification = importlib.util.find_spec(found.__module__)
+    if specification is None or not specification.origin:
+        raise GraftlineError(f"python: {reference} has no source file that could be identified")
+    digest = hashlib.sha256(Path(specification.origin).read_bytes()).hexdigest()
+    return {"name": f"{found.__module__}:{found.__qualname__}", "sha256": digest}
+
+
+class OwnClassEncoder:
+    """A user's class behind the checks that every encoder's features pass.
+
+    Args:
+        settings: of the recipe.
+        sha256: identity of class and settings.
+
+    Raises:
+        GraftlineError: the class cannot be made so, or lacks what an encoder has.
+    """
+
+    def __init__(self, settings: PythonEncoder, sha256: str) -> None:
+        self.name, self.sha256 = settings.python, sha256
+        found = find_class(settings.python)
+        try:
+            self._own = found(**settings.settings)
+            self.tokens, self.width = int(self._own.tokens), int(self._own.width)
+            self._encode = self._own.encode
+        except Exception as error:  # whatever the user's class raises
+            raise GraftlineError(
+                f"{self.name}: cannot be made with the settings {settings.settings} ({error!r}); "
+                "an encoder has tokens, width and encode(media)"
+            ) from error
+        if min(self.tokens, self.width) < 1:
+            raise GraftlineError(
+                f"{self.name}: says {self.tokens} tokens of width {self.width}; both are at least 1"
+            )
+
+    @torch.no_grad()
+    def encode(self, media: Sequence[np.ndarray]) -> torch.Tensor:
+        """Encodes decoded media.
+
+        Returns:
+            (batch, tokens, width) float32 on the CPU.
+
+        Raises:
+            GraftlineError: the class raises, or gives another shape than it says; gives both.
+        """
+        try:
+            features = torch.as_tensor(self._encode(list(media))).detach().to("cpu", torch.float32)
+        except GraftlineError:
+            raise
+        except Exception as error:  # whatever the user's class raises
+            raise GraftlineError(f"{self.name}: encode raised {error!r}") from error
+        expected = (len(media), self.tokens, self.width)
+        if tuple(features.shape) != expected:
+            raise GraftlineError(
+                f"{self.name}: gave features {tuple(features.shape)}; expected {expected}: "
+                f"{self.tokens} tokens of width {self.width} as the class says"
+            )
+        return features
