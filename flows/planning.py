@@ -76,7 +76,8 @@ def look_ahead(recipe: Recipe, usual: Sequence[str]) -> Prospect:
     if damaged:
         return Prospect(recipe, (*problems, *damaged), data, plan)
     measured = {name: estimate_row_tokens(recipe, name) for name in recipe.order}
-    tokens = {name: found or TYPICAL_ROW_TOKENS for name, found in measured.items()}
+    assumed = recipe.estimate.row_tokens
+    tokens = {m: found or assumed.get(m, TYPICAL_ROW_TOKENS) for m, found in measured.items()}
     costs = forecast(recipe, by_stage(plan), store, tokens)
     problems += _complaints(lambda: check_disk(plan, store))
     free = shutil.disk_usage(nearest(store.root)).free
@@ -137,6 +138,8 @@ def as_json(prospect: Prospect) -> dict[str, Any]:
         "disk_bytes": prospect.disk_bytes,
         "disk_free_bytes": prospect.disk_free,
         "training_flops": costs.training_flops,
+        "inference_flops": costs.inference_flops,
+        "gpu_hours": costs.gpu_hours(recipe.estimate.teraflops),
         "memory_bytes": costs.memory_bytes,
         "backbone_parameters": costs.parameters,
         "tokens_a_row": dict(costs.row_tokens),
@@ -175,6 +178,15 @@ def cost_table(prospect: Prospect) -> Table:
     room = f"{_bytes(prospect.disk_free)} are free there"
     table.add_row("disk", _bytes(prospect.disk_bytes), f"written to {recipe.store}; {room}")
     table.add_row("training", _flops(costs.training_flops), _flops_source(prospect))
+    if costs.inference_flops:
+        longest = recipe.evaluation.max_new_tokens
+        source = f"encoding and answering, 2 N tokens, {longest} an answer; what is known of it"
+        table.add_row("inference", _flops(costs.inference_flops), source)
+    hours = costs.gpu_hours(recipe.estimate.teraflops)
+    if hours is not None:
+        rate = f"training and inference at {recipe.estimate.teraflops:g} TFLOP/s"
+        rate += ", which the recipe assumes"
+        table.add_row("GPU hours", f"{hours:.3g}", rate)
     memory = "of the largest step: weights, gradients, fp32 master, two moments; no activations"
     table.add_row("memory", _bytes(costs.memory_bytes), memory)
     table.add_row("data", prospect.data[:12], recipe.data.folder)

@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import torch
 
 from graftline.data.rows import split_file
 from graftline.execution import TIMING, is_done, recorded_seconds
-from graftline.model.connectors import MixerConnector
+from graftline.inference_costs import connector_size, encoder_shape, inference_flops
 from graftline.model.efficientnet import FrameEncoder, ImageEncoder
+from graftline.model.own_backbone import backbone_name
 from graftline.model.point_sets import BasisPointSetEncoder
 from graftline.model.whisper import WhisperAudioEncoder
+from graftline.model_settings import BackboneSource
 from graftline.plan import Step
 from graftline.recipe import Recipe
 from graftline.store import Store
@@ -42,7 +43,7 @@ BYTE_LEVEL = frozenset({"tiny-random"})
 """Backbones with one token a character."""
 _TEMPLATE_MARKS, _TEMPLATE_CHARACTERS = 4, len("user\n\nassistant\n")
 _ENCODERS = (ImageEncoder, FrameEncoder, WhisperAudioEncoder, BasisPointSetEncoder)
-_SIZES = {encoder.name: (encoder.tokens, encoder.width) for encoder in _ENCODERS}
+ENCODER_SHAPES = {encoder.name: (encoder.tokens, encoder.width) for encoder in _ENCODERS}
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class StepForecast:
         seconds: the median of its kind; None without history.
         flops: of its training; None where it trains nothing or the backbone is not known.
         memory_bytes: None where it streams or the backbone is not known.
+        inference_flops: of encoding or answering; None where too little is known.
     """
 
     step: Step
@@ -138,6 +140,7 @@ class StepForecast:
     seconds: float | None
     flops: float | None
     memory_bytes: int | None
+    inference_flops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,17 @@ class Forecast:
         return sum(each.flops or 0.0 for each in self.to_run)
 
     @property
+    def inference_flops(self) -> float:
+        """Sum over the steps to run of which enough is known."""
+        return sum(each.inference_flops or 0.0 for each in self.to_run)
+
+    def gpu_hours(self, teraflops: float | None) -> float | None:
+        """All operations at a rate in TFLOP/s; None without a rate or a known backbone."""
+        if teraflops is None or self.training_flops is None:
+            return None
+        return (self.training_flops + self.inference_flops) / (teraflops * 1e12 * 3600)
+
+    @property
     def memory_bytes(self) -> int | None:
         """Of the largest step to run; None if the backbone is not known."""
         if self.parameters is None:
@@ -200,6 +214,7 @@ def forecast(
     """
     groups = list(groups)
     shape = backbone_shape(recipe, groups, store)
+    size = shape.parameters if shape else None
     history = median_seconds(store)
     found = []
     for group, steps in groups:
@@ -210,25 +225,32 @@ def forecast(
                     group,
                     is_done(step, store),
                     history.get(step.kind),
-                    training_flops(step, shape.parameters, row_tokens) if shape else None,
+                    training_flops(step, size, row_tokens) if size else None,
                     step_memory(step, recipe, shape) if shape else None,
+                    inference_flops(step, recipe, size, row_tokens),
                 )
             )
-    return Forecast(tuple(found), shape.parameters if shape else None, dict(row_tokens))
+    return Forecast(tuple(found), size, dict(row_tokens))
 
 
 def backbone_shape(
     recipe: Recipe, groups: Iterable[tuple[int, Sequence[Step]]], store: Store
 ) -> BackboneShape | None:
-    """The backbone's shape: from its artifact if that is there, else if it is a known part."""
-    for step in (step for _, steps in groups for step in steps if step.kind == "backbone"):
-        folder = store.folder(step.kind, step.reference.fingerprint)
+    """The backbone's shape: from its artifact, its local folder, the recipe, or a known part."""
+    steps = [step for _, each in groups for step in each if step.kind == "backbone"]
+    folders = [store.folder(s.kind, s.reference.fingerprint) / "backbone" for s in steps]
+    source = recipe.backbone.source
+    if isinstance(source, BackboneSource) and source.folder is not None:
+        folders.append(Path(source.folder))
+    for folder in folders:
         try:
-            text = (folder / "backbone" / "config.json").read_text(encoding="utf-8")
+            text = (folder / "config.json").read_text(encoding="utf-8")
             return BackboneShape.of_config(json.loads(text))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return KNOWN_BACKBONES.get(recipe.backbone.source)
+    if recipe.backbone.size is not None:
+        return BackboneShape.of_config(recipe.backbone.size.model_dump())
+    return KNOWN_BACKBONES.get(backbone_name(source))
 
 
 def median_seconds(store: Store) -> dict[str, float]:
@@ -259,7 +281,7 @@ def estimate_row_tokens(recipe: Recipe, modality: str) -> float | None:
     characters = sum(len(row["question"] or "") for row in rows)
     characters += sum(len((row["answers"] or [""])[0]) for row in rows)
     text = characters / len(rows) + _TEMPLATE_CHARACTERS + len(recipe.backbone.system_prompt)
-    per_token = 1.0 if recipe.backbone.source in BYTE_LEVEL else CHARACTERS_A_TOKEN
+    per_token = 1.0 if backbone_name(recipe.backbone.source) in BYTE_LEVEL else CHARACTERS_A_TOKEN
     return recipe.modality(modality).connector.tokens + _TEMPLATE_MARKS + text / per_token
 
 
@@ -318,11 +340,5 @@ def _copies(step: Step, routed: set[str]) -> int:
 
 def _connector_parameters(recipe: Recipe, modality: str, width: int) -> int:
     """Parameters of a connector; 0 where the encoder's output is not known."""
-    settings = recipe.modality(modality)
-    if settings.encoder not in _SIZES:
-        return 0
-    tokens, features = _SIZES[settings.encoder]
-    with torch.device("meta"):
-        shape = (settings.connector.tokens, settings.connector.hidden, width, 1.0)
-        connector = MixerConnector(tokens, features, *shape)
-    return sum(parameter.numel() for parameter in connector.parameters())
+    features = encoder_shape(recipe, modality, ENCODER_SHAPES)
+    return connector_size(recipe, modality, features, width) if features else 0

@@ -9,9 +9,13 @@ from pathlib import Path
 
 from graftline.errors import GraftlineError
 from graftline.execution import is_done
+from graftline.forecast import ENCODER_SHAPES, BackboneShape, backbone_shape
+from graftline.inference_costs import feature_bytes
+from graftline.model_settings import BackboneSource
 from graftline.recipe import Recipe
 from graftline.run_plan import RunPlan
 from graftline.store import Store
+from graftline.work import DTYPES
 from tasks import tracking
 
 # bf16 folder of each backbone, in bytes; training keeps an fp32 copy and two moments beside it.
@@ -19,6 +23,7 @@ _BACKBONE_BYTES = {"smollm2-135m-instruct": 300_000_000, "tiny-random": 2_000_00
 _OTHER_BACKBONE_BYTES = 300_000_000
 _TRAINING_FACTOR = 7
 _SMALL_STEP_BYTES = 10_000_000
+_STATE_BYTES = 12  # a trained weight's fp32 master and two moments
 
 
 class PreflightError(GraftlineError):
@@ -59,7 +64,7 @@ def nearest(folder: Path) -> Path:
 
 def bytes_needed(plan: RunPlan, store: Store) -> int:
     """Estimate of what a plan's unfinished steps will write, in bytes."""
-    size = _BACKBONE_BYTES.get(plan.recipe.backbone.source, _OTHER_BACKBONE_BYTES)
+    size, training = _sizes(plan, store)
     todo = [step for step in plan.steps.values() if not is_done(step, store)]
     heavy = [
         step
@@ -67,9 +72,25 @@ def bytes_needed(plan: RunPlan, store: Store) -> int:
         if step.kind in ("backbone", "merge", "compose", "guarded-fine-tune", "fisher")
         or (step.kind == "fine-tune" and step.parameters["mode"] != "connector")
     ]
-    checkpoints = _TRAINING_FACTOR * size if any(s.kind.endswith("fine-tune") for s in heavy) else 0
+    checkpoints = training if any(s.kind.endswith("fine-tune") for s in heavy) else 0
     written = len(heavy) + sum(step.kind == "fisher" for step in heavy)  # that is in float32
-    return written * size + checkpoints + (len(todo) - len(heavy)) * _SMALL_STEP_BYTES
+    features = [s for s in todo if s.kind == "features"]
+    cached = sum(feature_bytes(s, plan.recipe, ENCODER_SHAPES) or 0 for s in features)
+    return written * size + checkpoints + cached + (len(todo) - len(heavy)) * _SMALL_STEP_BYTES
+
+
+def _sizes(plan: RunPlan, store: Store) -> tuple[int, int]:
+    """Bytes of a backbone's folder, and of the largest checkpoint of its training."""
+    recipe = plan.recipe
+    if not isinstance(recipe.backbone.source, BackboneSource):
+        size = _BACKBONE_BYTES[recipe.backbone.source]
+        return size, _TRAINING_FACTOR * size
+    shape: BackboneShape | None = backbone_shape(recipe, [(0, list(plan.steps.values()))], store)
+    if shape is None:
+        return _OTHER_BACKBONE_BYTES, _TRAINING_FACTOR * _OTHER_BACKBONE_BYTES
+    lora = recipe.fine_tune.mode == "lora"
+    trained = shape.adapters(recipe.fine_tune.lora.rank) if lora else shape.parameters
+    return shape.parameters * DTYPES[recipe.precision].itemsize, trained * _STATE_BYTES
 
 
 def check_disk(plan: RunPlan, store: Store) -> None:
