@@ -129,6 +129,11 @@ class Planner:
         """theta_0, as a folder that `transformers` loads."""
         return self._add("backbone", {"source": self.recipe.backbone.source}, {}, "base LLM", 0)
 
+    def rows(self, modality: str) -> Reference:
+        """Rows that a recipe's own source gave; they are imported before a run is planned."""
+        parameters = {"files": dict(self.data_files[modality])}
+        return self._add("rows", parameters, {}, f"{modality}: rows", 0)
+
     def features(self, modality: str) -> Reference:
         """What the frozen encoder says of every row, and the rows' text."""
         encoder = self.recipe.modality(modality).encoder
@@ -138,7 +143,12 @@ class Planner:
             "files": dict(self.data_files[modality]),
             "rows": self.recipe.data.rows,
         }
-        return self._add("features", parameters, {}, f"{modality}: features", 0)
+        kind = self.recipe.kind_of(modality)
+        if kind != modality:
+            parameters["media"] = kind
+        imported = self.recipe.modality(modality).data is not None
+        parents = {"rows": self.rows(modality)} if imported else {}
+        return self._add("features", parameters, parents, f"{modality}: features", 0)
 
     def align(self, backbone: Reference, modality: str, stage: int) -> Reference:
         """MERA step 1: a new connector, trained alone."""

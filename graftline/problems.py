@@ -31,7 +31,7 @@ def recipe_problems(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]])
         encoder = recipe.modality(modality).encoder
         problems += _message(f"modalities.{modality}.encoder", lambda: encoder_identity(encoder))  # noqa: B023
         missing = [split for split in SPLITS if split not in data_files.get(modality, {})]
-        if missing:
+        if missing and recipe.modality(modality).data is None:
             files = ", ".join(f"{recipe.data.folder}/{modality}/{each}.parquet" for each in missing)
             problems.append(
                 f"order: {modality} has no data: {files} missing; put the rows there, rebuild the "
