@@ -188,10 +188,9 @@ def test_lines_that_are_no_rows_are_named(tmp_path: Path) -> None:
     found, _ = import_into(tmp_path / "out", folder=str(folder))
     assert found.problems == (f"{table}, line 10: has 4 fields, the header 3",)
     lines = folder / "metadata.jsonl"
-    good = ['{"file_name": "%03d.png", "caption": "x%d"}' % (n, n) for n in range(8)]
-    lines.write_text(
-        "\n".join([*good, "{", '["no object"]', '{"file_name": 3, "caption": "\\ud800"}'])
-    )
+    good = [f'{{"file_name": "{n:03d}.png", "caption": "x{n}"}}' for n in range(8)]
+    bad = ["{", '["no object"]', '{"file_name": 3, "caption": "\\ud800"}']
+    lines.write_text("\n".join([*good, *bad]))
     table.unlink()
     found, _ = import_into(tmp_path / "again", folder=str(folder))
     places = [problem.partition(": ")[0] for problem in found.problems]
