@@ -25,7 +25,7 @@ import torch
 from starter_parts import artifacts, optimizer_of, untrained
 
 from graftline.data.rows import decode, read_split
-from graftline.encoders import describe_encoder, media_kind, open_encoder
+from graftline.encoders import describe_encoder, open_encoder
 from graftline.model.multimodal import Batch
 from graftline.recipe import load_recipe
 
@@ -41,7 +41,7 @@ def main() -> None:
     modality = arguments.modality
     loaded, batches = untrained(recipe, modality, artifacts(recipe, modality), torch.bfloat16)
     optimizer = optimizer_of(loaded, modality)
-    kind = media_kind(recipe, modality)
+    kind = recipe.kind_of(modality)
     encoder = open_encoder(describe_encoder(recipe.modality(modality).encoder, kind), "cpu")
     media = read_split(Path(recipe.data.folder), modality, "train")["media"]
 

@@ -14,7 +14,7 @@ prepare()
 
 import typer  # noqa: E402
 
-from flows import cli_plan, cli_use  # noqa: E402
+from flows import cli_data, cli_plan, cli_use  # noqa: E402
 from flows.cli_compare import compare  # noqa: E402
 from flows.options import (  # noqa: E402
     Method,
@@ -40,8 +40,9 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(compare)
-data_app = typer.Typer(help="The starter's data.", no_args_is_help=True)
+data_app = typer.Typer(help="A recipe's own data, and the starter's.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+cli_data.register(data_app)
 app.command()(cli_plan.plan)
 cli_use.register(app)
 

@@ -79,12 +79,13 @@ def _budget(
     path: Path, recipe: Recipe, wanted: Comparison, overrides: dict[str, Any]
 ) -> str | None:
     """What the comparison will cost; `None` while there are no data to plan with."""
-    folder = Path(recipe.data.folder)
-    if not folder.is_dir() or not any(folder.iterdir()):
+    from tasks.own_data import known_data
+
+    data, _ = known_data(recipe)
+    if data is None or any(name not in data.files for name in recipe.order):
         return None
     from graftline.budget import budget_of, plans_of
-    from graftline.data.build import by_modality, checksums
     from graftline.store import Store
 
-    plans = plans_of(str(path), wanted, overrides, by_modality(checksums(folder)))
+    plans = plans_of(str(path), wanted, overrides, data.files)
     return budget_of([plan for _, plan in plans], Store(recipe.store, verify="quick")).text()

@@ -17,7 +17,9 @@ MEDIA_OPTIONS = {
     "video": "--video",
     "point_cloud": "--points",
 }
-"""Modality -> its option."""
+"""Kind of media -> its option."""
+SHOW_OPTION = "--show"
+"""The option of media whose modality has a name of its own."""
 
 Model = Annotated[
     str,
@@ -37,6 +39,18 @@ Longest = Annotated[
 Media = list[Path] | None
 
 
+def _named(value: str) -> tuple[str, Path]:
+    """(modality, file) of NAME=FILE.
+
+    Raises:
+        GraftlineError: there is no `=`.
+    """
+    name, equals, file = value.partition("=")
+    if not equals or not name or not file:
+        raise GraftlineError(f"{SHOW_OPTION} {value!r}: write NAME=FILE, e.g. xray=scan.png")
+    return name, Path(file)
+
+
 class MediaCommand(TyperCommand):
     """A command that keeps the order of media among different options."""
 
@@ -49,9 +63,11 @@ class MediaCommand(TyperCommand):
             if word == "--":
                 break
             option, equals, value = word.partition("=")
-            if option in names:
+            if option in (*names, SHOW_OPTION):
                 value = value if equals else next(words, "")
-                found.append((names[option], Path(value)))
+                found.append(
+                    _named(value) if option == SHOW_OPTION else (names[option], Path(value))
+                )
         ctx.meta["graftline.media"] = found
         return list(super().parse_args(ctx, args))
 
@@ -68,6 +84,12 @@ def ask(
         Media, typer.Option("--video", help="Moving pictures: animated PNG, GIF, WebP.")
     ] = None,
     points: Annotated[Media, typer.Option("--points", help="A point cloud: PLY.")] = None,
+    show: Annotated[
+        list[str] | None,
+        typer.Option(
+            SHOW_OPTION, metavar="NAME=FILE", help="A medium of the modality that is called so."
+        ),
+    ] = None,
     table: Annotated[
         Path | None,
         typer.Option(help="A CSV of questions: `question`, and a column a modality with files."),
@@ -83,7 +105,7 @@ def ask(
     longest: Longest = None,
 ) -> None:
     """Ask a finished model about media, in the order given; or every question of a CSV."""
-    del image, audio, video, points  # their order among each other is in the context
+    del image, audio, video, points, show  # their order among each other is in the context
     media: list[tuple[str, Path]] = context.meta["graftline.media"]
     if table is not None and (question is not None or media):
         raise GraftlineError("--table holds the questions and names the media; give nothing else")
@@ -148,10 +170,21 @@ def init(
     ] = None,
     method: Annotated[str, typer.Option(help="As `graftline run --method`.")] = "mera",
     modalities: Annotated[
-        str, typer.Option(help="Separated by commas, in the order in which they are learned.")
+        str,
+        typer.Option(
+            help="Separated by commas, in the order in which they are learned; name:kind for a "
+            "modality of your own, e.g. xray:image."
+        ),
     ] = "image,audio,video,point_cloud",
     backbone: Annotated[str, typer.Option(help="The LLM.")] = "smollm2-135m-instruct",
     data: Annotated[str, typer.Option(help="Folder of <modality>/<split>.parquet.")] = "data",
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="A modality's own media: a folder with metadata.csv or metadata.jsonl.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
     """Write a recipe that runs, with a comment at every key."""
@@ -161,7 +194,12 @@ def init(
     if file.exists() and not force:
         raise GraftlineError(f"{file}: is there already; choose another --out, or add --force")
     chosen = [word.strip() for word in modalities.split(",") if word.strip()]
-    text = draft(name or file.stem, method, chosen, backbone, data)
+    pairs = [text.partition("=") for text in source or []]
+    wrong = [name for name, equals, folder in pairs if not (name and equals and folder)]
+    if wrong:
+        raise GraftlineError(f"--source {wrong[0]!r}: write NAME=FOLDER, e.g. xray=my/scans")
+    sources = {name: folder for name, _, folder in pairs}
+    text = draft(name or file.stem, method, chosen, backbone, data, sources)
     atomic_write_text(file, text)
     out.print(
         f"{file} is written. Price it: graftline plan {file}    Run it: graftline run {file}",

@@ -11,7 +11,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.continual import continual
-from flows.data import version_data
+from flows.data import versioned
 from graftline.budget import plans_of
 from graftline.comparison import BASELINE, comparison_of
 from graftline.plan import Reference
@@ -74,7 +74,7 @@ def compare(
         closed_when_stopped(lambda: close_own_run(record)),
     ):
         record.note(prefect_flow_run=str(flow_run.id))
-        data = version_data(recipe.data.folder, recipe.store)
+        data = versioned(recipe)
         groups: dict[str, list[Path]] = {method: [] for method in wanted.methods}
         plans, done = plans_of(recipe_path, wanted, overrides or {}, data.files), set[Reference]()
         for run, plan in plans:

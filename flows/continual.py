@@ -9,7 +9,7 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.data import version_data
+from flows.data import versioned
 from flows.slots import Job, carry_out
 from graftline.execution import is_done
 from graftline.recipe import load_recipe
@@ -58,7 +58,7 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
     ):
         flow_id = str(flow_run.id)
         record.note(prefect_flow_run=flow_id)
-        data = version_data(recipe.data.folder, recipe.store)
+        data = versioned(recipe)
         plan = plan_run(recipe, data.files)
         check_disk(plan, Store(recipe.store))
         tags = {"prefect_flow_run_id": flow_id, "prefect_url": str(flow_run.ui_url)}

@@ -19,8 +19,8 @@ from graftline.problems import recipe_problems
 from graftline.recipe import Recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
-from tasks.data import known_version
 from tasks.outputs import report_folder
+from tasks.own_data import known_data
 from tasks.preflight import bytes_needed, check_disk, check_folders, nearest
 from tasks.steps import by_stage
 
@@ -59,12 +59,15 @@ def look_ahead(recipe: Recipe, usual: Sequence[str]) -> Prospect:
         recipe: the recipe.
         usual: the order that its file names.
     """
-    version = known_version(recipe.data.folder)
-    data = version.md5 if version else NOT_BUILT
+    version, complaints = known_data(recipe)
+    known = version.files if version else {}
+    data = version.md5 if version and all(name in known for name in recipe.order) else NOT_BUILT
     splits = dict.fromkeys(("train", "validation", "test"), NOT_BUILT)
-    files = version.files if version else dict.fromkeys(recipe.order, splits)
+    files = {**dict.fromkeys(recipe.order, splits), **known}
+    built = Path(recipe.data.folder).is_dir()
     report = report_folder(recipe, usual)
-    problems = recipe_problems(recipe, files) + _complaints(lambda: check_folders(recipe, report))
+    problems = [*complaints, *recipe_problems(recipe, known if built else files)]
+    problems += _complaints(lambda: check_folders(recipe, report))
     store = Store(recipe.store, verify="quick")
     try:
         plan = plan_run(recipe, files)
@@ -75,13 +78,25 @@ def look_ahead(recipe: Recipe, usual: Sequence[str]) -> Prospect:
     damaged = _damaged(plan, store)
     if damaged:
         return Prospect(recipe, (*problems, *damaged), data, plan)
-    measured = {name: estimate_row_tokens(recipe, name) for name in recipe.order}
+    measured = {
+        name: estimate_row_tokens(recipe, name, _imported(plan, store, name))
+        for name in recipe.order
+    }
     assumed = recipe.estimate.row_tokens
     tokens = {m: found or assumed.get(m, TYPICAL_ROW_TOKENS) for m, found in measured.items()}
     costs = forecast(recipe, by_stage(plan), store, tokens)
     problems += _complaints(lambda: check_disk(plan, store))
     free = shutil.disk_usage(nearest(store.root)).free
     return Prospect(recipe, tuple(problems), data, plan, costs, bytes_needed(plan, store), free)
+
+
+def _imported(plan: RunPlan, store: Store, modality: str) -> Path | None:
+    """Where a modality's imported rows lie, or would lie; None where they were not imported."""
+    for step in plan.steps.values():
+        if step.kind == "features" and step.parameters["modality"] == modality:
+            rows = step.parents.get("rows")
+            return None if rows is None else store.folder(rows.kind, rows.fingerprint)
+    return None
 
 
 def _complaints(check: Callable[[], None]) -> list[str]:

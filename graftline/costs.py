@@ -29,6 +29,7 @@ Activity = Literal["training", "evaluation", "merging", "preparation"]
 _ACTIVITIES: dict[str, Activity] = {
     "backbone": "preparation",
     "features": "preparation",
+    "rows": "preparation",
     "evaluate": "evaluation",
     "evaluate-joint": "evaluation",
     "perplexity": "evaluation",

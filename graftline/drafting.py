@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from graftline.recipe import ModalitySettings, Recipe, RecipeError, load_recipe
+from graftline.recipe import KINDS, ModalitySettings, Recipe, RecipeError, load_recipe
 
 ENCODERS: Mapping[str, str] = {
     "image": "efficientnet-lite0",
@@ -20,7 +20,7 @@ ENCODERS: Mapping[str, str] = {
     "video": "efficientnet-lite0-frames",
     "point_cloud": "basis-point-set",
 }
-"""Modality -> the encoder that a new recipe takes."""
+"""Kind of media -> the encoder that a new recipe takes; for features it is the rows themselves."""
 CONNECTOR = {"tokens": 4, "hidden": 64}
 SETTINGS: Mapping[str, Any] = {
     "align": {"steps": 12, "batch_size": 8, "learning_rate": 2e-4},
@@ -44,31 +44,48 @@ _HEAD = """\
 
 
 def draft(
-    name: str, method: str, modalities: Sequence[str], backbone: str, data_folder: str = "data"
+    name: str,
+    method: str,
+    modalities: Sequence[str],
+    backbone: str,
+    data_folder: str = "data",
+    sources: Mapping[str, str] | None = None,
 ) -> str:
     """A recipe as YAML with a comment at every key, from the descriptions in `graftline.recipe`.
 
     Args:
         name: of the recipe.
         method: how the modalities are added.
-        modalities: in the order in which they are learned.
+        modalities: in the order in which they are learned; `name:kind` where the name does not
+            say what the media are.
         backbone: source of the LLM.
         data_folder: where the rows lie.
+        sources: modality -> folder with its media and metadata.csv or metadata.jsonl.
 
     Raises:
         RecipeError: lists everything that does not fit together.
     """
-    unknown = [modality for modality in modalities if modality not in ENCODERS]
+    kinds = dict(_named(each) for each in modalities)
+    folders = sources or {}
+    unknown = [kind for kind in kinds.values() if kind not in KINDS]
+    unknown += [each for each in folders if each not in kinds]
     if unknown:
         raise RecipeError(
-            f"--modalities: {', '.join(unknown)} not known; there are: {', '.join(ENCODERS)}"
+            f"--modalities: {', '.join(unknown)} not known; there are: {', '.join(KINDS)}; "
+            "write name:kind for a modality of another name"
         )
     given: dict[str, Any] = {
         "name": name,
         "method": method,
-        "order": list(modalities),
+        "order": [_named(each)[0] for each in modalities],
         "modalities": {
-            each: {"encoder": ENCODERS[each], "connector": CONNECTOR} for each in modalities
+            each: {
+                "encoder": ENCODERS.get(kind, kind),
+                **({} if kind == each else {"media": kind}),
+                **({"data": {"folder": folders[each]}} if each in folders else {}),
+                "connector": CONNECTOR,
+            }
+            for each, kind in kinds.items()
         },
         "data": {"folder": data_folder},
         "backbone": {"source": backbone},
@@ -77,6 +94,12 @@ def draft(
     text = _HEAD + "\n".join(_section(Recipe, given, 0)) + "\n"
     _check(text)
     return text
+
+
+def _named(word: str) -> tuple[str, str]:
+    """(name, kind) of `name:kind`, or of a name that is a kind."""
+    name, _, kind = word.partition(":")
+    return name, kind or name
 
 
 def _check(text: str) -> None:

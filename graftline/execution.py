@@ -14,9 +14,11 @@ from graftline.asking.parts import Parts, load_parts
 from graftline.data.build import checksums
 from graftline.data.examples import ROWS, ExampleSet
 from graftline.data.features import compute_features
+from graftline.data.kinds import FEATURES
 from graftline.data.parts import SMOLLM2, fetch
-from graftline.data.rows import SPLITS, read_split
-from graftline.encoders import FEATURES, open_encoder
+from graftline.data.rows import SPLITS, split_file
+from graftline.data.streaming import SplitRows
+from graftline.encoders import open_encoder
 from graftline.encoders.arrays import compute_array_features
 from graftline.errors import GraftlineError
 from graftline.evaluation.answering import answer_all, answer_batches
@@ -27,6 +29,7 @@ from graftline.guarded_steps import fisher, guarded_fine_tune
 from graftline.merging.backbones import merge_backbones
 from graftline.merging.streaming import MergeRequest, merge_checkpoints
 from graftline.model.backbone import convert_gguf, make_tiny
+from graftline.model.clips import for_any_length
 from graftline.model.loading import LoadedModel
 from graftline.model.own_backbone import write_own_backbone
 from graftline.model.routing.adapters import write_adapters
@@ -116,19 +119,30 @@ def _features(work: Work) -> None:
 
     parameters = work.step.parameters
     modality = parameters["modality"]
-    encoder = open_encoder(parameters["encoder"], work.machine.torch_device)
-    media = parameters["encoder"].get("media", modality)
-    compute = compute_array_features if media == FEATURES else compute_features
-    _check_data(work.machine.data_folder, modality, parameters["files"])
+    encoder = for_any_length(open_encoder(parameters["encoder"], work.machine.torch_device))
+    kind = parameters.get("media", modality)
+    compute = compute_array_features if kind == FEATURES else compute_features
+    folder = _rows_folder(work, modality)
     for split in SPLITS:
-        rows = read_split(work.machine.data_folder, modality, split)
-        limit = (parameters["rows"] or {}).get(split)
-        if limit is not None:
-            rows = rows.select(range(min(limit, len(rows))))
+        rows = SplitRows(folder / f"{split}.parquet", (parameters["rows"] or {}).get(split))
         with track(f"{modality}: features of {split}", len(rows)) as advance:
-            compute(rows, media, encoder, work.out / split, progress=partial(advance, ""))
-        text = rows.select_columns(["id", "task", "question", "answers"]).to_list()
-        pq.write_table(pa.Table.from_pylist(text), work.out / split / ROWS)
+            compute(rows, kind, encoder, work.out / split, progress=partial(advance, ""))
+        pq.write_table(pa.Table.from_pylist(rows.texts()), work.out / split / ROWS)
+
+
+def _rows_folder(work: Work, modality: str) -> Path:
+    """Where a modality's splits lie: imported ones in the store, others in the data folder."""
+    if "rows" in work.parents:
+        return work.parents["rows"].folder
+    _check_data(work.machine.data_folder, modality, work.step.parameters["files"])
+    return split_file(work.machine.data_folder, modality, "train").parent
+
+
+def _rows(work: Work) -> None:
+    raise GraftlineError(
+        f"{work.step.label}: what was imported is not in the store any more; run the recipe again, "
+        "which imports it first"
+    )
 
 
 def _check_data(folder: Path, modality: str, expected: dict[str, str]) -> None:
@@ -291,6 +305,7 @@ def _perplexity(work: Work) -> None:
 
 RUNNERS: dict[str, Callable[[Work], None]] = {
     "backbone": _backbone,
+    "rows": _rows,
     "features": _features,
     "align": _align,
     "fine-tune": _fine_tune,

@@ -263,13 +263,21 @@ def median_seconds(store: Store) -> dict[str, float]:
     return {kind: statistics.median(seconds) for kind, seconds in found.items()}
 
 
-def estimate_row_tokens(recipe: Recipe, modality: str) -> float | None:
+def estimate_row_tokens(
+    recipe: Recipe, modality: str, imported: Path | None = None
+) -> float | None:
     """Estimated tokens of one training row: medium, chat template, question and first answer.
+
+    Args:
+        recipe: the recipe.
+        modality: whose rows.
+        imported: folder of the rows where they come from a source of the recipe's own.
 
     Returns:
         None where the training rows are not there to be measured.
     """
-    path = split_file(Path(recipe.data.folder), modality, "train")
+    usual = split_file(Path(recipe.data.folder), modality, "train")
+    path = imported / usual.name if imported is not None else usual
     try:
         table = pq.read_table(path, columns=["question", "answers"])
     except (OSError, ValueError):  # pyarrow's own errors are among these

@@ -6,27 +6,21 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
     model_validator,
 )
 
+from graftline.recipe_part import Part
+
 Split = Literal["train", "validation", "test"]
 StarterBackbone = Literal["smollm2-135m-instruct", "tiny-random"]
 HUB_NAME = r"^[A-Za-z0-9][\w.-]*/[\w.-]+$"
 
 
-class ModelPart(BaseModel):
-    """Base of these parts: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Pretrained(ModelPart):
+class Pretrained(Part):
     """Weights of the user's own: a hub name with a pinned revision, or a local folder."""
 
     name: str | None = Field(None, pattern=HUB_NAME, description="hub name, organisation/model")
@@ -50,7 +44,7 @@ class Pretrained(ModelPart):
         return self
 
 
-class EncoderSize(ModelPart):
+class EncoderSize(Part):
     """What a plan assumes of an encoder that is not here yet; changes no result."""
 
     parameters: int = Field(ge=0, description="of the tower that is used")
@@ -85,7 +79,7 @@ class TransformersEncoder(Pretrained):
     expected: EncoderSize | None = None
 
 
-class FeatureRows(ModelPart):
+class FeatureRows(Part):
     """No encoder: rows hold float arrays (tokens, width) that a sensor or another model made."""
 
     source: Literal["features"]
@@ -95,7 +89,7 @@ class FeatureRows(ModelPart):
     width: int | None = Field(None, ge=1, description="that every row must have")
 
 
-class PythonEncoder(ModelPart):
+class PythonEncoder(Part):
     """An encoder class of an installed package."""
 
     source: Literal["python"]
@@ -107,12 +101,11 @@ class PythonEncoder(ModelPart):
 
 
 OwnEncoder = TransformersEncoder | FeatureRows | PythonEncoder
-ENCODER_PARTS: Mapping[str, type[ModelPart]] = {
+ENCODER_PARTS: Mapping[str, type[Part]] = {
     "[transformers]": TransformersEncoder,
     "[features]": FeatureRows,
     "[python]": PythonEncoder,
 }
-"""Tag in an error's location -> the part that it stands for."""
 
 
 def _encoder_tag(value: Any) -> str | None:
@@ -165,7 +158,11 @@ BackboneChoice = Annotated[
 ]
 
 
-class BackboneSize(ModelPart):
+TAGGED: Mapping[str, type[Part]] = {**ENCODER_PARTS, "[own]": BackboneSource}
+"""Tag in an error's location -> the part that it stands for."""
+
+
+class BackboneSize(Part):
     """Sizes by the names of `config.json`, for a plan before the weights are here."""
 
     vocab_size: int = Field(ge=1)
@@ -178,7 +175,7 @@ class BackboneSize(ModelPart):
     tie_word_embeddings: bool = False
 
 
-class ConnectorSettings(ModelPart):
+class ConnectorSettings(Part):
     """Shape of a connector: features of one medium to LLM input embeddings."""
 
     tokens: int = Field(4, ge=1, le=1024, description="LLM input embeddings a medium becomes")
@@ -196,7 +193,7 @@ class ConnectorSettings(ModelPart):
         return self
 
 
-class EstimateSettings(ModelPart):
+class EstimateSettings(Part):
     """What `graftline plan` assumes where nothing is there to be measured; changes no result."""
 
     teraflops: float | None = Field(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from graftline.encoders import describe_encoder, encoder_code, media_kind
+from graftline.encoders import describe_encoder, encoder_code
 from graftline.manifest import fingerprint_of
 from graftline.merging.rules import parameters_for, rule_named
 from graftline.model.connector_kinds import connector_parameters
@@ -132,10 +132,15 @@ class Planner:
         parameters = backbone_parameters(self.recipe.backbone.source)
         return self._add("backbone", parameters, {}, "base LLM", 0)
 
+    def rows(self, modality: str) -> Reference:
+        """Rows that a recipe's own source gave; they are imported before a run is planned."""
+        parameters = {"files": dict(self.data_files[modality])}
+        return self._add("rows", parameters, {}, f"{modality}: rows", 0)
+
     def features(self, modality: str) -> Reference:
         """What the frozen encoder says of every row, and the rows' text."""
         encoder = self.recipe.modality(modality).encoder
-        described = describe_encoder(encoder, media_kind(self.recipe, modality))
+        described = describe_encoder(encoder, self.recipe.kind_of(modality))
         parameters = {
             "modality": modality,
             "encoder": described,
@@ -143,7 +148,12 @@ class Planner:
             "files": dict(self.data_files[modality]),
             "rows": self.recipe.data.rows,
         }
-        return self._add("features", parameters, {}, f"{modality}: features", 0)
+        kind = self.recipe.kind_of(modality)
+        if kind != modality:
+            parameters["media"] = kind
+        imported = self.recipe.modality(modality).data is not None
+        parents = {"rows": self.rows(modality)} if imported else {}
+        return self._add("features", parameters, parents, f"{modality}: features", 0)
 
     def align(self, backbone: Reference, modality: str, stage: int) -> Reference:
         """MERA step 1: a new connector, trained alone."""

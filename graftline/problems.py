@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from graftline.data.rows import SPLITS
-from graftline.encoders import encoder_problem, media_kind
+from graftline.encoders import encoder_problem
 from graftline.errors import GraftlineError
 from graftline.merging.rules import RULES, parameters_for, rule_named
 from graftline.model.own_backbone import backbone_problem
@@ -30,10 +30,10 @@ def recipe_problems(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]])
     backbone = backbone_problem(recipe.backbone.source)
     problems = [f"backbone.source: {backbone}"] if backbone else []
     for modality in recipe.order:
-        found = encoder_problem(recipe.modality(modality).encoder, media_kind(recipe, modality))
+        found = encoder_problem(recipe.modality(modality).encoder, recipe.kind_of(modality))
         problems += [f"modalities.{modality}.encoder: {found}"] if found else []
         missing = [split for split in SPLITS if split not in data_files.get(modality, {})]
-        if missing:
+        if missing and recipe.modality(modality).data is None:
             files = ", ".join(f"{recipe.data.folder}/{modality}/{each}.parquet" for each in missing)
             problems.append(
                 f"order: {modality} has no data: {files} missing; put the rows there, rebuild the "

@@ -5,23 +5,28 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from graftline.errors import GraftlineError
 from graftline.model_settings import (
-    ENCODER_PARTS,
+    TAGGED,
     BackboneChoice,
     BackboneSize,
-    BackboneSource,
     ConnectorSettings,
     EncoderChoice,
     EstimateSettings,
 )
+from graftline.recipe_part import Part
+from graftline.source_settings import SourceSettings
 
-Modality = Literal["image", "audio", "video", "point_cloud"]
+Modality = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+MediaKind = Literal["image", "audio", "video", "point_cloud", "features"]
+KINDS: tuple[str, ...] = get_args(MediaKind)
+RESERVED = ("answer", "joint", "question", "text")
+"""What reports and tables call something else."""
 RivalName = Literal["replay", "ewc", "lwf", "der", "attention-only", "o-lora", "pathweave"]
 ContinualName = Literal[
     "mera", "merge-only", "realign-only", "finetune", "connector-only", "joint", "experts",
@@ -35,12 +40,6 @@ MethodName = Literal[ContinualName, CompositionName]
 RIVALS: tuple[str, ...] = get_args(RivalName)
 COMPOSITIONS: tuple[str, ...] = get_args(CompositionName)
 Fraction = Field(gt=0.0, le=1.0)
-
-
-class Part(BaseModel):
-    """Base of all recipe parts: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class DataSettings(Part):
@@ -73,6 +72,12 @@ class ModalitySettings(Part):
     """One modality: who encodes it and how it is connected."""
 
     encoder: EncoderChoice
+    media: MediaKind | None = Field(
+        None, description="what its rows hold; left out where the modality is called so"
+    )
+    data: SourceSettings | None = Field(
+        None, description="where its rows come from; data.folder if left out"
+    )
     connector: ConnectorSettings = ConnectorSettings()
 
 
@@ -257,15 +262,30 @@ class Recipe(Part):
         """The settings of one modality by its name."""
         return {str(key): value for key, value in self.modalities.items()}[name]
 
+    def kind_of(self, name: str) -> str:
+        """What the rows of a modality hold: one of `KINDS`."""
+        return self.modality(name).media or name
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Recipe:
         problems = []
         repeated = sorted({name for name in self.order if self.order.count(name) > 1})
         if repeated:
             problems.append(f"order names {', '.join(repeated)} more than once")
+        for name, settings in self.modalities.items():
+            if settings.media is None and name not in KINDS:
+                problems.append(
+                    f"modalities.{name} does not say what its rows hold: add media: and one of "
+                    f"{', '.join(KINDS)}"
+                )
+            if name in RESERVED:
+                problems.append(f"modalities.{name}: reports call something else so; rename it")
         missing = [name for name in self.order if name not in self.modalities]
         if missing:
-            problems.append(f"order names {', '.join(missing)}, which modalities does not describe")
+            near = _nearest(missing[0], list(self.modalities))
+            problems.append(
+                f"order names {', '.join(missing)}, which modalities does not describe{near}"
+            )
         if self.method in ("ewc", "attention-only") and self.fine_tune.mode != "full":
             problems.append(f"{self.method} trains the LLM's own weights: set fine_tune.mode: full")
         if self.method == "experts" and not self.evaluation.references:
@@ -366,10 +386,10 @@ def _keys_beside(location: Sequence[str]) -> list[str]:
             part = annotation
         elif name == "modalities":
             part = ModalitySettings
-        elif name in ENCODER_PARTS:
-            part = ENCODER_PARTS[name]
-        elif name == "[own]":
-            part = BackboneSource
+        elif name in TAGGED:
+            part = TAGGED[name]
+        elif name == "data" and part is ModalitySettings:
+            part = SourceSettings
     return list(part.model_fields)
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from graftline.data import build as building
+from graftline.data.kinds import kinds_of
 from graftline.data.parts import Progress
+from graftline.data.rows import MODALITIES
 from graftline.data.validation import require_valid
 from graftline.errors import GraftlineError
 from graftline.progress import Advance, track
@@ -56,17 +58,25 @@ def build_data(folder: str, store: str) -> bool:
 
 
 @task(name="validate-data", cache_policy=NO_CACHE, persist_result=False)
-def validate_data(folder: str, store: str) -> None:
+def validate_data(folder: str, store: str, modalities: Mapping[str, str] | None = None) -> None:
     """Checks every row of a data folder, once for each version of it.
+
+    Args:
+        folder: the data folder.
+        store: the artifact store, which remembers what was checked.
+        modalities: which to look at, with what their rows hold; the starter's if left out.
 
     Raises:
         GraftlineError: lists every problem by file and row.
     """
-    mark = Path(store) / ".validated" / building.directory_md5(Path(folder))
+    wanted = kinds_of(modalities or MODALITIES)
+    md5 = building.directory_md5(Path(folder))
+    named = "".join(f" {name}={kind}" for name, kind in sorted(wanted.items()))
+    mark = Path(store) / ".validated" / (md5 if wanted == kinds_of(MODALITIES) else md5 + named)
     if mark.exists():
         return
     with bar() as progress:
-        require_valid(Path(folder), progress=progress)
+        require_valid(Path(folder), wanted, progress=progress)
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
 

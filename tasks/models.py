@@ -26,8 +26,8 @@ from graftline.model.own_backbone import backbone_name
 from graftline.recipe import RecipeError, load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
-from tasks.data import known_version
 from tasks.outputs import read_object, report_folder, usual_order
+from tasks.own_data import known_data
 from tasks.references import DataVersion
 
 RECIPES = Path("params")
@@ -95,7 +95,9 @@ def find_finished(model: str, overrides: Mapping[str, Any], stage: int | None) -
 
 def _from_recipe(path: Path, overrides: Mapping[str, Any], stage: int | None) -> FinishedModel:
     recipe = load_recipe(path, overrides)
-    data = known_version(recipe.data.folder)
+    data, problems = known_data(recipe)
+    if problems:
+        raise GraftlineError("\n".join(problems))
     if data is None:
         raise GraftlineError(
             f"{recipe.data.folder}: the data's version names the model, and neither the folder "
@@ -190,6 +192,7 @@ def described(model: FinishedModel) -> Description:
         attention=parts.attention,
         system_prompt=parts.system_prompt,
         text=parts.text,
+        kinds=dict(parts.kinds),
         max_new_tokens=parts.max_new_tokens,
     )
 

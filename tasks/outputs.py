@@ -59,6 +59,11 @@ def compare_folder(recipe_name: str) -> Path:
     return Path("reports") / recipe_name / "compare"
 
 
+def data_folder(recipe_name: str) -> Path:
+    """Where the contact sheets of a recipe's data lie."""
+    return Path("reports") / recipe_name / "data"
+
+
 def pictures(folder: Path) -> list[Path]:
     """The paths of a report's pictures: the score matrix, the scores over stages."""
     return [folder / "scores.png", folder / "stages.png"]

@@ -19,6 +19,7 @@ from graftline.model.loading import LoadedModel
 from graftline.model.multimodal import collate
 from graftline.model.prompts import EncodedPrompt
 from graftline.model.routing.router import ATTRIBUTE, TEXT
+from graftline.recipe import KINDS
 from graftline.work import device_named
 
 BATCH = 32
@@ -54,16 +55,39 @@ class Asker:
     def read(self, path: Path, modality: str) -> Medium:
         """Reads a media file as this model needs it.
 
+        Args:
+            path: the file.
+            modality: its name, or what the media of the only such modality are.
+
         Raises:
-            GraftlineError: the model does not have this modality (says which it has), or the file
-                cannot be used; names the file.
+            GraftlineError: the model does not have this modality (says which it has), several are
+                meant, or the file cannot be used; names the file.
         """
-        if modality not in self.parts.connectors:
+        name = self.called(modality)
+        if name not in self.parts.connectors:
             known = ", ".join(self.modalities) or "no modality at all"
             raise GraftlineError(
                 f"{path}: {self.parts.name} has not learned {modality}; it knows {known}."
             )
-        return read_medium(path, modality, self.parts.encoders[modality]["name"])
+        encoder = self.parts.encoders[name]["name"]
+        return read_medium(path, name, encoder, self.parts.kind_of(name))
+
+    def shows(self, word: str) -> bool:
+        """Whether a word names a modality of this model, or a kind of media."""
+        return word in (*KINDS, *self.modalities)
+
+    def called(self, word: str) -> str:
+        """The modality that a word means: its name, or what the media of just one of them are.
+
+        Raises:
+            GraftlineError: it is a kind of media that several modalities have.
+        """
+        if word in self.parts.connectors:
+            return word
+        meant = [name for name in self.modalities if self.parts.kind_of(name) == word]
+        if len(meant) > 1:
+            raise GraftlineError(f"{word} may be {' or '.join(meant)} here; use that name")
+        return meant[0] if meant else word
 
     def show(self, media: Sequence[Medium], paths: Sequence[Path]) -> list[Shown]:
         """Encodes media, each modality's together.

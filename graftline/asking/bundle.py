@@ -86,6 +86,9 @@ class Description(_Described):
     attention: str
     system_prompt: str
     text: Literal["merged", "modality"]
+    kinds: dict[str, str] = Field(
+        default_factory=dict, description="modality -> what its media are, where not called so"
+    )
     max_new_tokens: int
 
 
@@ -229,6 +232,7 @@ def read_bundle(folder: Path) -> Parts:
         experts={name: folder / "experts" / name for name in found.experts},
         adapters={name: folder / "adapters" / name for name in found.adapters},
         text=found.text,
+        kinds=found.kinds,
     )
 
 

@@ -24,7 +24,7 @@ def model_card(description: Description, metrics: Mapping[str, Any] | None) -> s
         "",
         f"A multimodal LLM made by Graftline: {description.backbone} learned {order}.",
         "",
-        "Ask it: `graftline ask FOLDER --" + _option(description) + ' FILE "What is this?"`',
+        "Ask it: `graftline ask FOLDER --" + _option(description) + ' "What is this?"`',
         "",
         "| | |",
         "|---|---|",
@@ -53,7 +53,8 @@ def model_card(description: Description, metrics: Mapping[str, Any] | None) -> s
 
 def _option(description: Description) -> str:
     first = next(iter(description.encoders), "image")
-    return "points" if first == "point_cloud" else first
+    options = {"point_cloud": "points", "image": "image", "audio": "audio", "video": "video"}
+    return f"{options[first]} FILE" if first in options else f"show {first}=FILE"
 
 
 def _scores(metrics: Mapping[str, Any]) -> list[str]:

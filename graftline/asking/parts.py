@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from graftline.encoders import describe_encoder, media_kind
+from graftline.encoders import describe_encoder
 from graftline.errors import GraftlineError
 from graftline.methods import Stage
 from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
@@ -38,6 +38,7 @@ class Parts:
         experts: modality -> folder of the backbone that its tokens meet.
         adapters: modality -> folder of what its expert adds to theta_0.
         text: what text meets where media are routed.
+        kinds: modality -> what its media are, where it is not called so.
     """
 
     name: str
@@ -52,6 +53,11 @@ class Parts:
     experts: Mapping[str, Path] = field(default_factory=dict)
     adapters: Mapping[str, Path] = field(default_factory=dict)
     text: Text = "merged"
+    kinds: Mapping[str, str] = field(default_factory=dict)
+
+    def kind_of(self, modality: str) -> str:
+        """What a modality's media are."""
+        return self.kinds.get(modality, modality)
 
     @property
     def routed(self) -> bool:
@@ -111,7 +117,7 @@ def parts_of_plan(plan: RunPlan, store: Store, stage: int | None = None) -> Part
         backbone=backbones[model.backbone],
         connectors={name: folders[each] for name, each in model.connectors.items()},
         encoders={
-            name: describe_encoder(recipe.modality(name).encoder, media_kind(recipe, name))
+            name: describe_encoder(recipe.modality(name).encoder, recipe.kind_of(name))
             for name in model.connectors
         },
         precision=recipe.precision,
@@ -122,6 +128,7 @@ def parts_of_plan(plan: RunPlan, store: Store, stage: int | None = None) -> Part
         experts={name: backbones[each] for name, each in model.experts.items()},
         adapters={name: backbones[each] for name, each in model.adapters.items()},
         text=model.text or recipe.compose.text,
+        kinds={name: recipe.kind_of(name) for name in model.connectors},
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from graftline.asking.asker import Asker
 from graftline.asking.conversation import Turn, check_question
-from graftline.data.rows import MODALITIES
+from graftline.data.files import inside
 from graftline.durable import atomic_write_text
 from graftline.errors import GraftlineError
 from graftline.progress import track
@@ -122,33 +122,13 @@ def _row(
         try:
             if name == QUESTION:
                 question = check_question(value)
-            elif name in MODALITIES and value.strip():
+            elif asker.shows(name) and value.strip():
                 file = inside(folder, value.strip())
                 asker.read(file, name)
                 media.append((name, file))
         except GraftlineError as error:
             problems.append(str(error))
     return AskedRow(tuple(media), question), problems
-
-
-def inside(folder: Path, name: str) -> Path:
-    """A file below a folder, named relative to it.
-
-    Raises:
-        GraftlineError: the name leaves the folder, by itself or through a link.
-    """
-    refused = GraftlineError(
-        f"{name}: leads out of {folder}; media lie in the table's folder or below it. Copy it there"
-    )
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise refused
-    try:
-        real = (folder / name).resolve()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise GraftlineError(f"{name!r}: is no usable file name ({error})") from error
-    if not real.is_relative_to(folder.resolve()):
-        raise refused
-    return folder / name
 
 
 def answer_table(table: QuestionTable, asker: Asker, out: Path, batch: int) -> None:

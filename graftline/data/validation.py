@@ -8,21 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from graftline.data.kinds import check_size, decode_media, kinds_of
 from graftline.data.parts import Progress
-from graftline.data.rows import (
-    COLUMNS,
-    MODALITIES,
-    SPLITS,
-    TASKS,
-    column_problems,
-    decode,
-    read_table,
-    split_file,
-)
+from graftline.data.rows import COLUMNS, MODALITIES, SPLITS, TASKS, column_problems, split_file
+from graftline.data.streaming import open_parquet
 from graftline.errors import GraftlineError
 
-SMALLEST = {"image": (8, 8, 3), "audio": (1600,), "video": (2, 8, 8, 3), "point_cloud": (16, 3)}
-"""Least length of each axis of a decoded media."""
 _LONGEST_LIST = 50
 
 
@@ -57,7 +50,7 @@ class _Seen:
 
 def validate(
     folder: Path,
-    modalities: Sequence[str] = MODALITIES,
+    modalities: Mapping[str, str] | Sequence[str] = MODALITIES,
     splits: Sequence[str] = SPLITS,
     progress: Progress | None = None,
 ) -> list[Problem]:
@@ -69,7 +62,8 @@ def validate(
 
     Args:
         folder: The data folder.
-        modalities: The modalities to look at.
+        modalities: The modalities to look at; with what their rows hold where that is not their
+            name.
         splits: The splits to look at.
         progress: Called after each file.
 
@@ -78,12 +72,12 @@ def validate(
     """
     problems: list[Problem] = []
     seen = _Seen()
-    files = [(modality, split) for modality in modalities for split in splits]
-    for done, (modality, split) in enumerate(files):
+    files = [(name, kind, split) for name, kind in kinds_of(modalities).items() for split in splits]
+    for done, (modality, kind, split) in enumerate(files):
         if progress is not None:
             progress(f"validate {modality}/{split}", done, len(files))
         path = split_file(folder, modality, split)
-        problems += _file_problems(path, modality, split, seen)
+        problems += _file_problems(path, kind, split, seen)
     if progress is not None:
         progress("validate", len(files), len(files))
     return problems
@@ -91,7 +85,7 @@ def validate(
 
 def require_valid(
     folder: Path,
-    modalities: Sequence[str] = MODALITIES,
+    modalities: Mapping[str, str] | Sequence[str] = MODALITIES,
     splits: Sequence[str] = SPLITS,
     progress: Progress | None = None,
 ) -> None:
@@ -111,26 +105,29 @@ def require_valid(
         )
 
 
-def _file_problems(path: Path, modality: str, split: str, seen: _Seen) -> list[Problem]:
+def _file_problems(path: Path, kind: str, split: str, seen: _Seen) -> list[Problem]:
     """Return the problems of one parquet file."""
     name = str(path)
     try:
-        table = read_table(path)
+        file = open_parquet(path)
     except GraftlineError as error:
         return [Problem(name, None, str(error).removeprefix(f"{name} "))]
-    columns = column_problems(table)
+    columns = column_problems(file.schema_arrow.empty_table())
     if columns:
         return [Problem(name, None, message) for message in columns]
-    if table.num_rows == 0:
+    if file.metadata.num_rows == 0:
         return [Problem(name, None, "has no rows")]
     problems = []
     number = 0
-    for batch in table.select(list(COLUMNS)).to_batches(max_chunksize=256):
-        for row in batch.to_pylist():
-            messages = [*_field_problems(row), *_media_problems(row["media"], modality)]
-            messages += _repeat_problems(row, seen, name, number, split)
-            problems += [Problem(name, number, message) for message in messages]
-            number += 1
+    try:
+        for batch in file.iter_batches(batch_size=64, columns=list(COLUMNS)):
+            for row in batch.to_pylist():
+                messages = [*_field_problems(row), *_media_problems(row["media"], kind)]
+                messages += _repeat_problems(row, seen, name, number, split)
+                problems += [Problem(name, number, message) for message in messages]
+                number += 1
+    except (pa.ArrowException, OSError, ValueError) as error:
+        problems.append(Problem(name, number, f"cannot be read from here on ({error})"))
     return problems
 
 
@@ -153,17 +150,18 @@ def _is_blank(text: str | None) -> bool:
     return text is None or not text.strip()
 
 
-def _media_problems(media: bytes | None, modality: str) -> list[str]:
+def _media_problems(media: bytes | None, kind: str) -> list[str]:
     """Return why a media cannot be used, by decoding it once."""
     if not media:
         return ["`media` is empty"]
     try:
-        shape = decode(media, modality).shape
+        values = decode_media(media, kind)
     except GraftlineError as error:
         return [f"`media` cannot be decoded: {error}"]
-    least = SMALLEST[modality]
-    if any(length < limit for length, limit in zip(shape, least, strict=True)):
-        return [f"`media` has the shape {shape}; each axis must be at least {least}"]
+    try:
+        check_size(values, kind)
+    except GraftlineError as error:
+        return [f"`media` {error}"]
     return []
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from graftline.data.kinds import FEATURES
 from graftline.encoders.arrays import ArrayEncoder
 from graftline.encoders.own_class import OwnClassEncoder, class_identity
 from graftline.encoders.towers import TransformersTower
@@ -22,21 +23,10 @@ from graftline.model_settings import (
     PythonEncoder,
     TransformersEncoder,
 )
-from graftline.recipe import Recipe
 from graftline.step_code import source_digest
 
-FEATURES = "features"
-"""The media kind of rows that hold float arrays, and the encoder that takes them as they are."""
 SIZE = "expected"
 """The part of an encoder's settings that only a plan reads."""
-
-
-def media_kind(recipe: Recipe, modality: str) -> str:
-    """What the rows of a modality hold: a kind of `graftline.data.rows`, or `features`."""
-    settings = recipe.modality(modality)
-    if settings.encoder == FEATURES or isinstance(settings.encoder, FeatureRows):
-        return FEATURES
-    return str(getattr(settings, "media", None) or modality)
 
 
 def describe_encoder(encoder: str | OwnEncoder, media: str) -> dict[str, Any]:
@@ -60,10 +50,10 @@ def describe_encoder(encoder: str | OwnEncoder, media: str) -> dict[str, Any]:
     recorded: dict[str, Any] = {"media": media, "settings": settings}
     if isinstance(encoder, TransformersEncoder):
         recorded["weights"] = identity(encoder, code=encoder.trust_remote_code)
-        called = encoder.name or str(encoder.folder)
+        called = f"transformers:{encoder.name or encoder.folder}"
     elif isinstance(encoder, PythonEncoder):
         recorded["class"] = class_identity(encoder.python)
-        called = encoder.python
+        called = f"python:{encoder.python}"
     else:
         called = FEATURES
     digest = hashlib.sha256(canonical_json(_content(recorded)).encode()).hexdigest()
@@ -132,6 +122,8 @@ def encoder_problem(encoder: str | OwnEncoder, media: str) -> str | None:
             if media not in TransformersTower.MEDIA:
                 known = ", ".join(TransformersTower.MEDIA)
                 return f"source: transformers encodes {known}, not {media}; use source: python"
+        elif (encoder == FEATURES or isinstance(encoder, FeatureRows)) and media != FEATURES:
+            return f"takes arrays, and the rows hold {media}; write media: features"
         elif media == FEATURES and isinstance(encoder, str) and encoder != FEATURES:
             return f"{encoder} takes no features; write source: features or source: python"
         problem = pin_problem(encoder) if isinstance(encoder, Pretrained) else None

@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from graftline.data.features import FEATURES_FILE, ROWS_FILE, _check_finite, _write_header
-from graftline.data.rows import MediaError
+from graftline.data.kinds import decode_features
 from graftline.errors import GraftlineError
 from graftline.model.encoders import Encoder
 from graftline.model_settings import FeatureRows
-
-MAX_VALUES = 64 * 1024 * 1024
-
-
-def decode_array(medium: bytes) -> NDArray[np.float32]:
-    """Reads the bytes of an npy file as float32 (tokens, width).
-
-    Raises:
-        MediaError: they are no npy, or hold something other than float16 or float32 in two axes,
-            nothing, too much, or what is not finite.
-    """
-    try:
-        stream = io.BytesIO(medium)
-        version = np.lib.format.read_magic(stream)
-        header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, _, dtype = header(stream)
-    except (ValueError, KeyError, OSError) as error:
-        raise MediaError(f"not a readable npy array ({len(medium)} bytes): {error}") from error
-    if dtype.kind != "f" or dtype.itemsize not in (2, 4):
-        raise MediaError(f"the array holds {dtype}; expected float16 or float32")
-    if len(shape) != 2 or 0 in shape or int(np.prod(shape)) > MAX_VALUES:
-        raise MediaError(f"the array has the shape {shape}; expected (tokens, width)")
-    try:
-        values = np.load(io.BytesIO(medium), allow_pickle=False).astype(np.float32)
-    except (ValueError, OSError, EOFError) as error:
-        raise MediaError(f"the array is damaged: {error}") from error
-    if not np.isfinite(values).all():
-        raise MediaError("the array holds NaN or infinite values")
-    return np.ascontiguousarray(values)
 
 
 class ArrayEncoder:
@@ -79,7 +45,7 @@ class ArrayEncoder:
         """Checks arrays and stacks them.
 
         Args:
-            media: float32 (tokens, width) each.
+                media: float16 or float32 (tokens, width) each.
 
         Returns:
             (batch, tokens, width) float32 on the CPU.
@@ -144,7 +110,8 @@ def compute_array_features(
         for start in range(0, total, batch):
             part = rows[start : start + batch]
             names = [str(name) for name in part["id"]]
-            arrays = [_named(n, decode_array, m) for n, m in zip(names, part["media"], strict=True)]
+            media = zip(names, part["media"], strict=True)
+            arrays = [_named(name, decode_features, medium) for name, medium in media]
             features = _encoded(encoder, arrays, names).to(torch.float16)
             if start == 0:  # only now is it known how wide a sensor's rows are
                 _write_header(stream, (total, encoder.tokens, encoder.width))

@@ -117,7 +117,9 @@ def test_a_run_with_models_of_ones_own(fresh, monkeypatch, tmp_path):
     question = ("--image", "red.png", "What is this?")
     assert _called("ask", "bundle", *question) == _called("ask", "params/own.yaml", *question)
     pico_clip(folder / "models/clip", hidden_size=48)
-    with pytest.raises(GraftlineError, match="its image encoder models/clip has the digest"):
+    with pytest.raises(
+        GraftlineError, match="its image encoder transformers:models/clip has the digest"
+    ):
         _called("ask", "bundle", *question)
     found = json.loads(_called("plan", "params/own.yaml", "--json"))
     stale = [step for step in found["steps"] if not step["cached"]]

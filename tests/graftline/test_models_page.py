@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from graftline.encoders import describe_encoder, encoder_problem, media_kind, open_encoder
+from graftline.encoders import describe_encoder, encoder_problem, open_encoder
 from graftline.model.own_backbone import backbone_name, backbone_problem
 from graftline.recipe import Recipe, RecipeError, load_recipe
 
@@ -32,7 +32,7 @@ def test_every_snippet_is_a_recipe(parts):
     for name in parts.get("modalities", {}):
         settings = recipe.modality(name)
         if getattr(settings.encoder, "source", "") == "transformers":
-            problem = encoder_problem(settings.encoder, media_kind(recipe, name))
+            problem = encoder_problem(settings.encoder, recipe.kind_of(name))
             assert "not pinned" in str(problem)
     if "backbone" in parts:
         assert "not pinned" in str(backbone_problem(recipe.backbone.source))
@@ -46,7 +46,7 @@ def test_the_class_of_the_page_encodes(tmp_path, monkeypatch):
     [parts] = [r for r in RECIPES if "plant_sensors" in str(r)]
     recipe = Recipe.model_validate(_with(**parts))
     [name] = parts["modalities"]
-    described = describe_encoder(recipe.modality(name).encoder, media_kind(recipe, name))
+    described = describe_encoder(recipe.modality(name).encoder, recipe.kind_of(name))
     encoder = open_encoder(described)
     times = np.arange(400, dtype=np.float32)[:, None] / 100
     slow, fast = (np.sin(2 * np.pi * rate * times * [1, 1, 1]) for rate in (2.0, 40.0))

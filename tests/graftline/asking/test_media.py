@@ -14,6 +14,7 @@ from PIL import Image
 
 from graftline.asking import media
 from graftline.asking.media import read_medium
+from graftline.data import files
 from graftline.data.encoding import encode_animated_png, encode_ply, encode_png, encode_wav
 from graftline.data.rows import MediaError, decode
 from graftline.model.efficientnet import ImageEncoder
@@ -122,7 +123,7 @@ def test_limits_hold_before_anything_is_decoded(tmp_path, monkeypatch):
         stream.truncate(len(header) + 2 * 3 * 3600 * 16_000)
     with pytest.raises(MediaError, match="10800 s; at most 1800 s"):
         read_medium(long, "audio", WHISPER)
-    monkeypatch.setattr(media, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 100)
     (tmp_path / "a.png").write_bytes(ROWS["image"])
     with pytest.raises(MediaError, match="at most 100 are read"):
         read_medium(tmp_path / "a.png", "image", ImageEncoder.name)

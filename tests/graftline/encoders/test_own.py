@@ -13,7 +13,7 @@ import torch
 
 from graftline.data.features import FeatureTable
 from graftline.encoders import describe_encoder, encoder_problem, open_encoder, same_here
-from graftline.encoders.arrays import compute_array_features, decode_array
+from graftline.encoders.arrays import compute_array_features
 from graftline.errors import GraftlineError
 from graftline.model_settings import FeatureRows, PythonEncoder
 
@@ -69,11 +69,11 @@ def test_rows_of_any_length_are_averaged_where_tokens_are_said(tmp_path):
         ({}, np.ones((3, 5), np.float32), "row r2: features of width 5; expected 4"),
         ({"width": 9}, np.ones((3, 4), np.float32), "row r0: features of width 4; expected 9"),
         ({}, np.ones((2, 4), np.float32), "row r2: 2 tokens; expected 3"),
-        ({}, np.ones((3, 4), np.int64), "row r2: the array holds int64"),
-        ({}, np.ones(4, np.float32), r"row r2: the array has the shape \(4,\)"),
-        ({}, np.full((3, 4), np.nan, np.float32), "row r2: the array holds NaN"),
+        ({}, np.ones((3, 4), np.int64), "row r2: an array of int64"),
+        ({}, np.ones(4, np.float32), r"row r2: an array of float32 \(4,\)"),
+        ({}, np.full((3, 4), np.nan, np.float32), "row r2: the features hold NaN"),
         ({}, np.full((3, 4), 1e6, np.float32), "r2 hold NaN or values beyond float16"),
-        ({}, np.array([[{}]]), "row r2: the array holds object"),
+        ({}, np.array([[{}]]), "row r2: an array of object"),
     ],
 )
 def test_an_odd_row_is_named_with_both_figures(tmp_path, settings, odd, message):
@@ -88,14 +88,6 @@ def test_the_width_of_the_first_split_holds_for_all(tmp_path):
     wider = rows_of(_arrays(width=6))
     with pytest.raises(GraftlineError, match="features of width 6; expected 4"):
         compute_array_features(wider, "sensor", encoder, tmp_path / "validation")
-
-
-@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"no array at all"])
-def test_damaged_arrays_are_refused(damage):
-    with pytest.raises(GraftlineError, match="not a readable npy array|damaged"):
-        decode_array(damage)
-    with pytest.raises(GraftlineError, match="damaged"):
-        decode_array(npy(_arrays(1)[0])[:-3])
 
 
 SENSOR = """
@@ -193,8 +185,9 @@ def test_a_class_that_does_not_keep_its_word_is_refused(sensors):
         opened("Averages", tokens=0)
 
 
-def test_starters_encoders_take_no_features():
+def test_encoders_and_rows_must_fit():
     assert "takes no features" in str(encoder_problem("basis-point-set", "features"))
     assert encoder_problem("features", "features") is None
+    assert "write media: features" in str(encoder_problem("features", "audio"))
     assert encoder_problem("basis-point-set", "point_cloud") is None
     assert "did you mean" in str(encoder_problem("basis-point-sets", "point_cloud"))

@@ -1,0 +1,168 @@
+"""A contact sheet of a modality: a few rows as pictures, with what is asked and answered."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from graftline.data.kinds import decode_media
+from graftline.data.rows import SAMPLE_RATE, SPLITS
+from graftline.data.streaming import open_parquet
+from graftline.evaluation.style import INK, MUTED, STYLE, save, words
+
+COLUMNS, LINES = 4, 3
+_INCHES = (3.0, 3.4)
+_FRAMES = 4
+_POINTS = 2_000
+_TEXT_WIDTH, _TEXT_LINES = 34, 2
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row that is shown.
+
+    Attributes:
+        id: of the row.
+        media: its bytes.
+        question: the prompt.
+        answers: accepted ones.
+    """
+
+    id: str
+    media: bytes
+    question: str
+    answers: tuple[str, ...]
+
+
+def examples_of(folder: Path, count: int = COLUMNS * LINES) -> list[Example]:
+    """The first rows of each split, of different media as far as possible, in equal shares.
+
+    Args:
+        folder: holds `<split>.parquet`.
+        count: rows in all.
+    """
+    found = []
+    for split in SPLITS:
+        path = folder / f"{split}.parquet"
+        if path.is_file():
+            found += _first(path, count // len(SPLITS))
+    return found
+
+
+def _first(path: Path, count: int) -> list[Example]:
+    shown: dict[bytes, Example] = {}
+    columns = ["id", "media", "question", "answers"]
+    for batch in open_parquet(path).iter_batches(batch_size=16, columns=columns):
+        for row in batch.to_pylist():
+            one = Example(row["id"], row["media"], row["question"], tuple(row["answers"]))
+            shown.setdefault(one.media, one)
+            if len(shown) == count:
+                return list(shown.values())
+    return list(shown.values())
+
+
+@rc_context(STYLE)
+def contact_sheet(path: Path, modality: str, kind: str, examples: Sequence[Example]) -> None:
+    """Draws rows: pictures as they are, sounds as spectrogram and waveform, the first frames of
+    videos, point clouds as points, features as a map.
+
+    Args:
+        path: the PNG to write, atomically.
+        modality: for the title.
+        kind: what the media are.
+        examples: whose media can be decoded.
+    """
+    lines = max(1, -(-len(examples) // COLUMNS))
+    figure = Figure((_INCHES[0] * COLUMNS, _INCHES[1] * lines + 0.5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{words(modality)} ({words(kind)})", x=0.015, ha="left", size=15, color=INK)
+    grid = figure.add_gridspec(lines, COLUMNS)
+    for number, example in enumerate(examples):
+        _draw(figure, grid[number // COLUMNS, number % COLUMNS], kind, example)
+    with warnings.catch_warnings():  # a script that the font does not have is shown as boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        save(figure, path)
+
+
+def _draw(figure: Figure, cell: Any, kind: str, example: Example) -> None:
+    values = decode_media(example.media, kind)
+    if kind == "point_cloud":
+        axes = figure.add_subplot(cell, projection="3d")
+        _points(axes, values)
+    else:
+        axes = figure.add_subplot(cell)
+        {"image": _picture, "video": _film, "audio": _sound, "features": _map}[kind](axes, values)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    title = f"{example.id}, {_size(values, kind)}"
+    text = f"{_short(example.question)}\n{_short(' / '.join(example.answers))}"
+    axes.set_title(title, size=8, color=MUTED, parse_math=False)
+    write = axes.text2D if kind == "point_cloud" else axes.text
+    write(0.5, -0.02, text, **_under(axes))
+
+
+def _under(axes: Any) -> dict[str, Any]:
+    return {
+        "transform": axes.transAxes, "ha": "center", "va": "top", "size": 9, "color": INK,
+        "parse_math": False,
+    }  # fmt: skip
+
+
+def _short(text: str) -> str:
+    """Two lines of a text at most."""
+    lines = textwrap.wrap(text, _TEXT_WIDTH, max_lines=_TEXT_LINES, placeholder=" …")
+    return "\n".join(lines)
+
+
+def _size(values: NDArray[Any], kind: str) -> str:
+    if kind == "audio":
+        return f"{len(values) / SAMPLE_RATE:.2f} s"
+    if kind == "point_cloud":
+        return f"{len(values)} points"
+    if kind == "features":
+        return f"{values.shape[0]} tokens of {values.shape[1]}"
+    height, width = values.shape[-3:-1]
+    return f"{width} x {height}" + (f", {len(values)} frames" if kind == "video" else "")
+
+
+def _picture(axes: Any, values: NDArray[Any]) -> None:
+    axes.imshow(values)
+
+
+def _film(axes: Any, values: NDArray[Any]) -> None:
+    frames = values[:_FRAMES]
+    gap = np.full((values.shape[1], max(1, values.shape[2] // 20), 3), 255, np.uint8)
+    pieces = [piece for frame in frames for piece in (frame, gap)][:-1]
+    axes.imshow(np.concatenate(pieces, axis=1))
+
+
+def _sound(axes: Any, values: NDArray[Any]) -> None:
+    """Spectrogram up to 8 kHz, and the waveform below it."""
+    quiet = values + np.random.Generator(np.random.PCG64(0)).normal(0, 1e-5, len(values))
+    seconds = len(values) / SAMPLE_RATE
+    axes.specgram(quiet, NFFT=400, Fs=SAMPLE_RATE, noverlap=240, cmap="magma")
+    times = np.linspace(0.0, seconds, len(values))
+    axes.plot(times, -2_000 + 1_800 * values, color=INK, lw=0.4)
+    axes.set_xlim(0.0, seconds)
+    axes.set_ylim(-4_000, SAMPLE_RATE / 2)
+
+
+def _points(axes: Any, values: NDArray[Any]) -> None:
+    some = values[:: max(1, len(values) // _POINTS)]
+    axes.scatter(some[:, 0], some[:, 1], some[:, 2], c=some[:, 2], s=2, cmap="viridis")
+    axes.set_aspect("equal")
+    axes.set_axis_off()
+
+
+def _map(axes: Any, values: NDArray[Any]) -> None:
+    axes.imshow(values.astype(np.float32), aspect="auto", cmap="viridis")

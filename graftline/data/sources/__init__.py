@@ -1,0 +1,1 @@
+"""Own data by recipe: every source becomes the same rows, checked one by one."""

@@ -1,0 +1,83 @@
+"""Media of any origin as the rows hold them: checked, limited, sounds as 16 kHz mono."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from graftline.data.encoding import encode_wav
+from graftline.data.kinds import check_size, decode_media
+from graftline.data.rows import MAX_AUDIO_SECONDS, MAX_PIXELS, SAMPLE_RATE, MediaError
+from graftline.data.wav import as_mono, wav_layout
+from graftline.source_settings import SourceSettings
+
+REMEDIES = {
+    "image": "Give a picture such as PNG or JPEG.",
+    "audio": "Give a WAV; convert others with `ffmpeg -i FILE -ac 1 -ar 16000 out.wav`.",
+    "video": "Give an animated PNG, GIF or WebP; convert others with "
+    "`ffmpeg -i FILE -vf fps=8 -f apng out.png`.",
+    "point_cloud": "Give a PLY in the format binary_little_endian 1.0 with float x, y, z.",
+    "features": "Give an npy file of float16 or float32 (tokens, width).",
+}
+"""What to do about a medium that is not what it should be."""
+
+
+def fit_medium(content: bytes, kind: str, settings: SourceSettings) -> tuple[bytes, NDArray[Any]]:
+    """Checks a medium and gives its bytes as a row holds them.
+
+    Pictures, videos, point clouds and features stay as they are, byte for byte. A WAV of another
+    rate, width or number of channels becomes 16 kHz, 16 bits, mono.
+
+    Args:
+        content: the bytes of a file, whatever its name says.
+        kind: what it should be.
+        settings: its limits.
+
+    Returns:
+        The bytes, and the decoded medium as `decode_media` says.
+
+    Raises:
+        MediaError: damaged, of another kind, or beyond a limit; says what to do.
+    """
+    try:
+        if not content:
+            raise MediaError("is empty (0 bytes)")
+        if kind in ("image", "video"):
+            _check_pixels(content, min(settings.max_pixels or MAX_PIXELS, MAX_PIXELS))
+        if kind == "audio":
+            content = _wav(content, min(settings.max_seconds, MAX_AUDIO_SECONDS))
+        values = decode_media(content, kind)
+        check_size(values, kind)
+    except MediaError as error:
+        raise MediaError(f"{str(error).rstrip('.')}. {REMEDIES[kind]}") from error
+    return content, values
+
+
+def _check_pixels(content: bytes, most: int) -> None:
+    """Reads a picture's header alone; what is no picture is named by the decoder."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as picture:
+                width, height = picture.size
+                frames = int(getattr(picture, "n_frames", 1))
+    except Exception:
+        return
+    if width * height * frames > most:
+        raise MediaError(
+            f"has {width} x {height} pixels{f' in {frames} frames' if frames > 1 else ''}, more "
+            f"than the {most} that max_pixels allows"
+        )
+
+
+def _wav(content: bytes, most: float) -> bytes:
+    layout = wav_layout(content, most)
+    if layout[:3] == (1, 16, SAMPLE_RATE):
+        return content
+    samples = np.clip(np.rint(as_mono(content).astype(np.float64) * 32768), -32768, 32767)
+    return encode_wav(samples.astype(np.int16))
