@@ -278,7 +278,8 @@ def training_flops(step: Step, parameters: int, row_tokens: Mapping[str, float])
 
 def _trains_backbone(step: Step) -> bool:
     """Whether gradients of the backbone's own weights are needed."""
-    return step.kind not in ("align", "realign") and step.parameters.get("mode", "full") == "full"
+    frozen = ("align", "realign", "realign-masked", "distil")
+    return step.kind not in frozen and step.parameters.get("mode", "full") == "full"
 
 
 def step_memory(step: Step, recipe: Recipe, shape: BackboneShape) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -11,9 +11,9 @@ from graftline.data.rows import SPLITS
 from graftline.errors import GraftlineError
 from graftline.merging.rules import RULES, parameters_for, rule_named
 from graftline.model.encoders import encoder_identity
-from graftline.recipe import Recipe
+from graftline.recipe import BeyondName, Recipe
 
-_MERGING = ("mera", "merge-only")
+_MERGING = ("mera", "merge-only", *get_args(BeyondName))
 
 
 def recipe_problems(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from graftline.errors import GraftlineError
+from graftline.realign_settings import CorrectionSettings, DistilSettings, MeraPlusSettings
+from graftline.recipe_parts import Part as Part
+from graftline.recipe_parts import PhaseSettings as PhaseSettings
 
 Modality = Literal["image", "audio", "video", "point_cloud"]
 RivalName = Literal["replay", "ewc", "lwf", "der", "attention-only", "o-lora", "pathweave"]
+BeyondName = Literal["mera+", "mera-corrected", "mera-distilled", "mera-masks"]
 ContinualName = Literal[
     "mera", "merge-only", "realign-only", "finetune", "connector-only", "joint", "experts",
-    RivalName,
+    RivalName, BeyondName,
 ]  # fmt: skip
 CompositionName = Literal[
     "average", "task-arithmetic", "ties", "dare-ties", "consensus", "pcb", "emr", "mmer", "route"
@@ -26,12 +30,6 @@ MethodName = Literal[ContinualName, CompositionName]
 RIVALS: tuple[str, ...] = get_args(RivalName)
 COMPOSITIONS: tuple[str, ...] = get_args(CompositionName)
 Fraction = Field(gt=0.0, le=1.0)
-
-
-class Part(BaseModel):
-    """Base of all recipe parts: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class DataSettings(Part):
@@ -65,18 +63,6 @@ class ModalitySettings(Part):
 
     encoder: str
     connector: ConnectorSettings = ConnectorSettings()
-
-
-class PhaseSettings(Part):
-    """One way of calling the training loop."""
-
-    steps: int = Field(ge=1, description="optimiser steps")
-    batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(gt=0.0, description="peak, reached after the warm-up")
-    warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0)
-    weight_decay: float = Field(0.0, ge=0.0)
-    clip_norm: float = Field(1.0, gt=0.0, description="L2 norm that gradients are clipped to")
-    checkpoint_every: int = Field(50, ge=1, description="steps between resumable checkpoints")
 
 
 class RealignSettings(PhaseSettings):
@@ -121,6 +107,19 @@ class MergeSettings(Part):
     parameters: dict[str, Any] = Field(
         default_factory=dict,
         description="of the rule; what is left out keeps the paper's default",
+    )
+    coefficient: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="of the running average: what theta_i takes of theta_i^v; 1/i if left out",
+    )
+    depth: float = Field(
+        0.0,
+        ge=-1.0,
+        le=1.0,
+        description="of the running average: how the coefficient grows from the first layer, "
+        "1 - depth times it, to the last, 1 + depth times it",
     )
 
 
@@ -239,6 +238,9 @@ class Recipe(Part):
     merge: MergeSettings = MergeSettings()
     compose: ComposeSettings = ComposeSettings()
     rivals: RivalSettings = RivalSettings()
+    correction: CorrectionSettings = CorrectionSettings()
+    distil: DistilSettings = DistilSettings()
+    mera_plus: MeraPlusSettings = MeraPlusSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     execution: ExecutionSettings = ExecutionSettings()
     store: str = Field("artifacts", description="folder of the artifact store")
@@ -260,6 +262,9 @@ class Recipe(Part):
             problems.append(f"{self.method} trains the LLM's own weights: set fine_tune.mode: full")
         if self.method == "experts" and not self.evaluation.references:
             problems.append("experts are the references: set evaluation.references: true")
+        weighted = self.merge.coefficient is not None or self.merge.depth != 0.0
+        if weighted and self.merge.rule != "running-average":
+            problems.append("merge.coefficient and merge.depth need merge.rule: running-average")
         if problems:
             raise ValueError("; ".join(problems))
         return self

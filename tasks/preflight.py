@@ -19,6 +19,9 @@ _BACKBONE_BYTES = {"smollm2-135m-instruct": 300_000_000, "tiny-random": 2_000_00
 _OTHER_BACKBONE_BYTES = 300_000_000
 _TRAINING_FACTOR = 7
 _SMALL_STEP_BYTES = 10_000_000
+_HOLDING_BACKBONES = (
+    "backbone", "merge", "weighted-merge", "compose", "guarded-fine-tune", "fisher",
+)  # fmt: skip
 
 
 class PreflightError(GraftlineError):
@@ -64,7 +67,8 @@ def bytes_needed(plan: RunPlan, store: Store) -> int:
     heavy = [
         step
         for step in todo
-        if step.kind in ("backbone", "merge", "compose", "guarded-fine-tune", "fisher")
+        if step.kind
+        in ("backbone", "merge", "weighted-merge", "compose", "guarded-fine-tune", "fisher")
         or (step.kind == "fine-tune" and step.parameters["mode"] != "connector")
     ]
     checkpoints = _TRAINING_FACTOR * size if any(s.kind.endswith("fine-tune") for s in heavy) else 0
