@@ -98,11 +98,11 @@ class RealignPlanner(Planner):
             old: the model that the connector was trained in.
             statistics: what is drawn from. Without any the modality is the stage's own: its
                 training rows are all there, and nothing of them is kept.
-            replay: share of an old modality's rows that was kept and is seen, too.
+            replay: share of the modality's rows that was kept and is seen, too.
         """
         settings = self.recipe.distil
         parameters = self._training(settings)
-        del parameters["clusters"]
+        del parameters["clusters"], parameters["own"]
         parameters["modality"] = modality
         parents = {
             "backbone": model.backbone,

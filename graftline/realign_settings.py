@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from graftline.recipe_parts import Part, PhaseSettings
@@ -23,12 +25,17 @@ class DistilSettings(PhaseSettings):
 
     steps: int = Field(80, ge=1, description="optimiser steps")
     batch_size: int = Field(8, ge=1)
-    learning_rate: float = Field(5e-4, gt=0.0, description="peak, reached after the warm-up")
-    samples: int = Field(400, ge=1, description="tokens drawn from what was recorded of them")
-    clusters: int = Field(64, ge=1, description="centres that are recorded of a modality")
+    learning_rate: float = Field(1.5e-4, gt=0.0, description="peak, reached after the warm-up")
+    samples: int = Field(480, ge=1, description="tokens drawn from what was recorded of them")
+    clusters: int = Field(128, ge=1, description="centres that are recorded of a modality")
     temperature: float = Field(1.0, gt=0.0, description="of both models' distributions")
     answers: float = Field(
         0.0, ge=0.0, description="weight of the answers themselves beside the distributions"
+    )
+    own: Literal["drawn", "rows"] = Field(
+        "drawn",
+        description="what the new modality's connector learns from: as old ones, or its stage's "
+        "rows, which are all at hand then",
     )
 
 

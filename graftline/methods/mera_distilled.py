@@ -12,7 +12,7 @@ from graftline.realign_plan import RealignPlanner
 
 
 def mera_distilled(planner: Planner, order: Sequence[str]) -> list[Stage]:
-    """Old connectors learn from what was recorded, the new one from its stage's own rows."""
+    """Connectors learn from what was recorded of their modality's media, and from no row."""
     steps = RealignPlanner.beside(planner)
     return grow(steps, order, steps.merge, lambda turn: distilled(steps, turn, 0.0))
 
@@ -23,14 +23,15 @@ def distilled(planner: RealignPlanner, turn: Turn, replay: float) -> Model:
     Args:
         planner: makes the steps.
         turn: the stage.
-        replay: share of old modalities' rows that is seen beside what is drawn.
+        replay: share of each modality's rows that is seen beside what is drawn.
     """
     connectors = {}
     for name in turn.model.connectors:
-        old, statistics, share = turn.taught_by(name), None, 0.0
-        if name != turn.modality:
+        statistics, share = None, 0.0
+        if name != turn.modality or planner.recipe.distil.own == "drawn":
             stage = 1 + list(turn.learned).index(name)
             statistics = planner.statistics(turn.learned[name], name, stage)
             share = replay
+        old = turn.taught_by(name)
         connectors[name] = planner.distil(turn.model, name, turn.stage, old, statistics, share)
     return replace(turn.model, connectors=connectors)

@@ -55,7 +55,10 @@ def test_nothing_old_is_kept_where_nothing_is_replayed() -> None:
                 assert "fraction" not in step.parameters
     run = plan("mera+")
     fractions = [step.parameters.get("fraction", 0.0) for step in of_kind(run, "distil")]
-    assert sorted(fractions) == 3 * [0.0] + 6 * [0.01]
+    assert fractions == 9 * [0.01]
+    own = of_kind(plan("mera+", **{"distil.own": "rows"}), "distil")
+    fractions = [step.parameters.get("fraction", 0.0) for step in own]
+    assert sorted(fractions) == 3 * [0.0] + 6 * [0.01]  # the stage's own rows are at hand
 
 
 def test_a_connector_is_taught_by_the_model_that_it_was_trained_in() -> None:
@@ -67,8 +70,8 @@ def test_a_connector_is_taught_by_the_model_that_it_was_trained_in() -> None:
             assert step.parents["backbone"] == stage.merged.backbone
             assert step.parents["old"] == taught.backbone
             assert step.parents[f"taught.{name}"] == taught.connectors[name]
-            assert (f"statistics.{name}" in step.parents) == (name != stage.modality)
-    assert len(kinds(run, "statistics")) == 3
+            assert f"statistics.{name}" in step.parents
+    assert len(kinds(run, "statistics")) == 4
 
 
 def test_the_correction_may_be_the_start_of_distilling() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from graftline.data.examples import ExampleSet
 from graftline.data.features import FeatureTable
 from graftline.model.backbone import load_backbone
-from graftline.model.loading import read_connector, read_record
+from graftline.model.loading import read_connector, read_record, save_connector
 from graftline.realignment.distilling import Lesson, Teacher, distil, with_last_layer
 from graftline.realignment.drift import (
     answer_drift,
@@ -69,18 +69,16 @@ def old(sharp: Path, features_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def merged(old: Path, tmp_path: Path) -> Path:
-    """Its backbone after something like a merge."""
-    folder = tmp_path / "merged"
-    shutil.copytree(old / "backbone", folder)
-    weights = load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(1)
-    for name, value in weights.items():
-        if "layers" in name and value.dim() == 2:
-            noise = torch.randn(value.shape, generator=generator) * value.float().std()
-            weights[name] = (value.float() + noise).to(value.dtype)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+def broken(old: Path, tmp_path: Path) -> Path:
+    """Its connector, with another last layer: what it says means something else."""
+    record = read_record(old, "image")
+    connector = read_connector(old, record)
+    noise = torch.randn(connector.project.weight.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        connector.project.weight.add_(noise * connector.project.weight.std())
+    (tmp_path / "broken").mkdir()
+    save_connector(tmp_path / "broken", record, connector)
+    return tmp_path / "broken"
 
 
 @pytest.fixture
@@ -90,32 +88,32 @@ def recorded(old: Path, features_folder: Path) -> TokenStatistics:
     return statistics_of(inner, ["What?", "Tell me."] * 24, 4, seed=0)
 
 
-def drift(recorded: TokenStatistics, old: Path, new: Path, own: Path) -> float:
-    """Between the old model with its connector and another backbone with its own."""
+def drift(recorded: TokenStatistics, old: Path, own: Path) -> float:
+    """Between the old model and the same with another connector."""
     models = [
-        with_last_layer(load_backbone(folder, torch.float32, "eager"), "image", connector, "")
-        for folder, connector in ((old / "backbone", old), (new, own))
+        with_last_layer(load_backbone(old / "backbone", torch.float32, "eager"), "image", each, "")
+        for each in (old, own)
     ]
     return answer_drift(*models, "image", recorded, samples=40, max_new_tokens=6, seed=99)
 
 
-def test_the_old_model_s_answers_come_back(merged, old, recorded, tmp_path) -> None:
+def test_the_old_model_s_answers_come_back(broken, old, recorded, tmp_path) -> None:
     lesson = Lesson(recorded, 64, 6, fraction=0.0, temperature=1.0, answers=0.0)
     for name in ("first", "again"):
         teacher = Teacher(load_backbone(old / "backbone", torch.float32, "eager"), old)
         distil(
-            call_for(merged, name, tmp_path / "no rows", tmp_path),
-            SETTINGS, "image", old, teacher, lesson,
+            call_for(old / "backbone", name, tmp_path / "no rows", tmp_path),
+            SETTINGS, "image", broken, teacher, lesson,
         )  # fmt: skip
     new = tmp_path / "first"
-    before = drift(recorded, old, merged, old)
-    after = drift(recorded, old, merged, new)
-    assert drift(recorded, old, old / "backbone", old) < 1e-9
+    before = drift(recorded, old, broken)
+    after = drift(recorded, old, new)
+    assert drift(recorded, old, old) < 1e-9
     assert before > 0.01  # there is something to bring back
     assert after < 0.5 * before
     weights, started, again = (
         load_file(folder / "connector-image.safetensors")
-        for folder in (new, old, tmp_path / "again")
+        for folder in (new, broken, tmp_path / "again")
     )
     changed = {name for name in weights if not torch.equal(weights[name], started[name])}
     assert changed == {"project.weight", "project.bias", "gain"}
@@ -124,7 +122,7 @@ def test_the_old_model_s_answers_come_back(merged, old, recorded, tmp_path) -> N
 
 
 def test_kept_rows_are_seen_with_their_own_answers(
-    merged, old, recorded, features_folder, tmp_path, monkeypatch
+    old, recorded, features_folder, tmp_path, monkeypatch
 ) -> None:
     from graftline.realignment import distilling
 
@@ -137,7 +135,7 @@ def test_kept_rows_are_seen_with_their_own_answers(
     for name, statistics, fraction in (("both", recorded, 0.125), ("rows", None, 1.0)):
         teacher = Teacher(load_backbone(old / "backbone", torch.float32, "eager"), old)
         lesson = Lesson(statistics, 16, 4, fraction, temperature=1.0, answers=0.5)
-        call = call_for(merged, name, features_folder, tmp_path)
+        call = call_for(old / "backbone", name, features_folder, tmp_path)
         distil(call, short, "image", old, teacher, lesson)
     both, rows = seen
     assert [len(each) for each in both] == [16, 6]
