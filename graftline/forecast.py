@@ -292,7 +292,7 @@ def step_memory(step: Step, recipe: Recipe, shape: BackboneShape) -> int | None:
     if "precision" not in given:
         return None
     size = DTYPES[given["precision"]].itemsize
-    weights = shape.parameters * size
+    weights = shape.parameters * size * (2 if step.kind == "distil" else 1)  # old and new
     routed = {role.partition(".")[0] for role in step.parents} & {"base", "expert", "adapters"}
     if "steps" not in given:
         return weights * _copies(step, routed)
