@@ -16,6 +16,7 @@ import typer  # noqa: E402
 
 from flows import cli_data, cli_plan, cli_use  # noqa: E402
 from flows.cli_compare import compare  # noqa: E402
+from flows.cli_drift import drift  # noqa: E402
 from flows.options import (  # noqa: E402
     Method,
     RecipePath,
@@ -40,6 +41,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(compare)
+app.command()(drift)
 data_app = typer.Typer(help="A recipe's own data, and the starter's.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 cli_data.register(data_app)
@@ -129,8 +131,8 @@ def search(
     rule: Annotated[
         list[str] | None,
         typer.Option(
-            help="A merge rule, finetune, or a method against forgetting; all merge rules that "
-            "have parameters if left out."
+            help="A merge rule, finetune, mera, mera+, or a method against forgetting; all rules "
+            "that have parameters if left out."
         ),
     ] = None,
     rates: Annotated[

@@ -18,7 +18,8 @@ RecipePath = Annotated[Path, typer.Argument(help="The recipe, e.g. params/starte
 Method = Annotated[
     str | None,
     typer.Option(
-        help="mera, merge-only, realign-only, finetune, connector-only, joint, experts; against "
+        help="mera, merge-only, realign-only, finetune, connector-only, joint, experts; beyond "
+        "MERA: mera+, mera-corrected, mera-distilled, mera-masks; against "
         "forgetting: replay, ewc, lwf, der, attention-only, o-lora, pathweave; or a rule that "
         "combines the experts: average, task-arithmetic, ties, dare-ties, consensus, pcb, emr, "
         "mmer, route."

@@ -36,6 +36,9 @@ _ACTIVITIES: dict[str, Activity] = {
     "merge": "merging",
     "compose": "merging",
     "adapters": "merging",
+    "weighted-merge": "merging",
+    "correct": "merging",
+    "statistics": "preparation",
 }
 _CHUNK = 1 << 20  # numbers compared at once
 _SHIFT = np.uint32(16)  # bfloat16 is the upper half of a float32

@@ -36,6 +36,13 @@ from graftline.model.routing.adapters import write_adapters
 from graftline.model.routing.layers import routable_parameters
 from graftline.plan import Step
 from graftline.progress import track
+from graftline.realign_steps import (
+    correct,
+    distil,
+    realign_masked,
+    statistics,
+    weighted_merge,
+)
 from graftline.recipe import LoraSettings
 from graftline.store import Artifact, Store
 from graftline.training import phases
@@ -315,6 +322,11 @@ RUNNERS: dict[str, Callable[[Work], None]] = {
     "compose": _compose,
     "adapters": _adapters,
     "realign": _realign,
+    "weighted-merge": weighted_merge,
+    "statistics": statistics,
+    "correct": correct,
+    "distil": distil,
+    "realign-masked": realign_masked,
     "evaluate": _evaluate,
     "evaluate-joint": _evaluate_joint,
     "perplexity": _perplexity,

@@ -308,7 +308,8 @@ def training_flops(step: Step, parameters: int, row_tokens: Mapping[str, float])
 
 def _trains_backbone(step: Step) -> bool:
     """Whether gradients of the backbone's own weights are needed."""
-    return step.kind not in ("align", "realign") and step.parameters.get("mode", "full") == "full"
+    frozen = ("align", "realign", "realign-masked", "distil")
+    return step.kind not in frozen and step.parameters.get("mode", "full") == "full"
 
 
 def step_memory(step: Step, recipe: Recipe, shape: BackboneShape) -> int | None:
@@ -321,7 +322,7 @@ def step_memory(step: Step, recipe: Recipe, shape: BackboneShape) -> int | None:
     if "precision" not in given:
         return None
     size = DTYPES[given["precision"]].itemsize
-    weights = shape.parameters * size
+    weights = shape.parameters * size * (2 if step.kind == "distil" else 1)  # old and new
     routed = {role.partition(".")[0] for role in step.parents} & {"base", "expert", "adapters"}
     if "steps" not in given:
         return weights * _copies(step, routed)

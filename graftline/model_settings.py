@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from graftline.recipe_part import Part
+from graftline.recipe_parts import Part
 
 Split = Literal["train", "validation", "test"]
 StarterBackbone = Literal["smollm2-135m-instruct", "tiny-random"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -12,9 +12,9 @@ from graftline.encoders import encoder_problem
 from graftline.errors import GraftlineError
 from graftline.merging.rules import RULES, parameters_for, rule_named
 from graftline.model.own_backbone import backbone_problem
-from graftline.recipe import Recipe
+from graftline.recipe import BeyondName, Recipe
 
-_MERGING = ("mera", "merge-only")
+_MERGING = ("mera", "merge-only", *get_args(BeyondName))
 
 
 def recipe_problems(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -19,7 +19,11 @@ from graftline.model_settings import (
     EncoderChoice,
     EstimateSettings,
 )
-from graftline.recipe_part import Part
+from graftline.realign_settings import CorrectionSettings, DistilSettings, MeraPlusSettings
+from graftline.recipe_parts import Part as Part
+from graftline.recipe_parts import PhaseSettings as PhaseSettings
+from graftline.rival_settings import LoraSettings as LoraSettings
+from graftline.rival_settings import RivalSettings
 from graftline.source_settings import SourceSettings
 
 Modality = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -28,9 +32,10 @@ KINDS: tuple[str, ...] = get_args(MediaKind)
 RESERVED = ("answer", "joint", "question", "text")
 """What reports and tables call something else."""
 RivalName = Literal["replay", "ewc", "lwf", "der", "attention-only", "o-lora", "pathweave"]
+BeyondName = Literal["mera+", "mera-corrected", "mera-distilled", "mera-masks"]
 ContinualName = Literal[
     "mera", "merge-only", "realign-only", "finetune", "connector-only", "joint", "experts",
-    RivalName,
+    RivalName, BeyondName,
 ]  # fmt: skip
 CompositionName = Literal[
     "average", "task-arithmetic", "ties", "dare-ties", "consensus", "pcb", "emr", "mmer", "route"
@@ -81,18 +86,6 @@ class ModalitySettings(Part):
     connector: ConnectorSettings = ConnectorSettings()
 
 
-class PhaseSettings(Part):
-    """One way of calling the training loop."""
-
-    steps: int = Field(ge=1, description="optimiser steps")
-    batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(gt=0.0, description="peak, reached after the warm-up")
-    warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0)
-    weight_decay: float = Field(0.0, ge=0.0)
-    clip_norm: float = Field(1.0, gt=0.0, description="L2 norm that gradients are clipped to")
-    checkpoint_every: int = Field(50, ge=1, description="steps between resumable checkpoints")
-
-
 class RealignSettings(PhaseSettings):
     """Realigning: which part of a connector learns from the replay."""
 
@@ -101,13 +94,6 @@ class RealignSettings(PhaseSettings):
         description="output: its last layer alone, which a small replay overfits less; all: as in "
         "the paper",
     )
-
-
-class LoraSettings(Part):
-    """Low-rank adapters on every linear layer of the backbone, folded in afterwards."""
-
-    rank: int = Field(128, ge=1)
-    alpha: float = Field(128.0, gt=0.0, description="MERA: alpha / rank = 1")
 
 
 class FineTuneSettings(PhaseSettings):
@@ -136,6 +122,19 @@ class MergeSettings(Part):
         default_factory=dict,
         description="of the rule; what is left out keeps the paper's default",
     )
+    coefficient: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="of the running average: what theta_i takes of theta_i^v; 1/i if left out",
+    )
+    depth: float = Field(
+        0.0,
+        ge=-1.0,
+        le=1.0,
+        description="of the running average: how the coefficient grows from the first layer, "
+        "1 - depth times it, to the last, 1 + depth times it",
+    )
 
 
 class ComposeSettings(Part):
@@ -161,57 +160,6 @@ class ComposeSettings(Part):
         description="what text and answers meet where media are routed: the merged weights, or "
         "those of the prompt's own modality (for prompts with media of one modality)",
     )
-
-
-class EwcSettings(Part):
-    """Elastic weight consolidation."""
-
-    strength: float = Field(
-        0.01, ge=0.0, description="lambda; a stage's Fisher is scaled to a mean of 1 first"
-    )
-    decay: float = Field(
-        0.95, ge=0.0, le=1.0, description="gamma: what a stage keeps of the earlier ones' Fisher"
-    )
-    fisher_rows: int = Field(512, ge=1, description="training rows a stage's Fisher is read from")
-
-
-class LwfSettings(Part):
-    """Learning without forgetting."""
-
-    strength: float = Field(1.0, ge=0.0, description="weight of the distillation")
-    temperature: float = Field(2.0, gt=0.0, description="of both models' distributions")
-
-
-class DerSettings(Part):
-    """Dark experience replay."""
-
-    alpha: float = Field(0.1, ge=0.0, description="weight of the replayed rows' logits")
-    beta: float = Field(0.5, ge=0.0, description="weight of their answers (DER++); 0: plain DER")
-
-
-class OrthogonalLoraSettings(LoraSettings):
-    """O-LoRA: one LoRA a stage, orthogonal to those before it."""
-
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(32.0, gt=0.0)
-    strength: float = Field(0.5, ge=0.0, description="lambda_1: weight of the orthogonality")
-
-
-class PathSettings(LoraSettings):
-    """PathWeave: the LoRA that a modality's path adds."""
-
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(32.0, gt=0.0)
-
-
-class RivalSettings(Part):
-    """Own settings of the methods that fine-tune against forgetting."""
-
-    ewc: EwcSettings = EwcSettings()
-    lwf: LwfSettings = LwfSettings()
-    der: DerSettings = DerSettings()
-    o_lora: OrthogonalLoraSettings = OrthogonalLoraSettings()
-    pathweave: PathSettings = PathSettings()
 
 
 class EvaluationSettings(Part):
@@ -253,6 +201,9 @@ class Recipe(Part):
     merge: MergeSettings = MergeSettings()
     compose: ComposeSettings = ComposeSettings()
     rivals: RivalSettings = RivalSettings()
+    correction: CorrectionSettings = CorrectionSettings()
+    distil: DistilSettings = DistilSettings()
+    mera_plus: MeraPlusSettings = MeraPlusSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     execution: ExecutionSettings = ExecutionSettings()
     estimate: EstimateSettings = EstimateSettings()
@@ -290,6 +241,9 @@ class Recipe(Part):
             problems.append(f"{self.method} trains the LLM's own weights: set fine_tune.mode: full")
         if self.method == "experts" and not self.evaluation.references:
             problems.append("experts are the references: set evaluation.references: true")
+        weighted = self.merge.coefficient is not None or self.merge.depth != 0.0
+        if weighted and self.merge.rule != "running-average":
+            problems.append("merge.coefficient and merge.depth need merge.rule: running-average")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -18,6 +18,8 @@ from graftline.run_plan import PlannedScore, RunPlan
 from graftline.store import Artifact, Store
 from graftline.weight_files import read_header
 
+_MERGES = ("merge", "weighted-merge", "compose")
+
 
 def collect(
     plan: RunPlan, store: Store, *, wall_seconds: float, peak_rss_bytes: int, data_md5: str
@@ -53,7 +55,12 @@ def collect(
         wall_seconds=wall_seconds,
         computing_seconds=seconds_of(plan.steps.values(), store),
         merging_seconds=seconds_of(
-            (step for step in plan.steps.values() if step.kind in ("merge", "compose")), store
+            (
+                step
+                for step in plan.steps.values()
+                if step.kind in ("merge", "weighted-merge", "compose")
+            ),
+            store,
         ),
         storage_bits=_storage_bits(plan, store),
         peak_rss_bytes=peak_rss_bytes,

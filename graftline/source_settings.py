@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from graftline.recipe_part import Part
+from graftline.recipe_parts import Part
 
 Split = Literal["train", "validation", "test"]
 Paths = str | tuple[str, ...]

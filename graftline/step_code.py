@@ -36,6 +36,14 @@ GUARDED_CODE = (
     "training/guarded.py",
     "training/orthogonal.py",
 )
+DISTILLING_CODE = (
+    *TRAINING_CODE,
+    "training/distillation.py",
+    "training/guarded.py",
+    "evaluation/answering.py",
+    "realignment/distilling.py",
+    "realignment/statistics.py",
+)
 ANSWERING_CODE = (*MODEL_CODE, "evaluation/answering.py", "evaluation/scoring.py")
 CODE: dict[str, tuple[str, ...]] = {
     "backbone": ("model/backbone.py",),
@@ -56,6 +64,21 @@ CODE: dict[str, tuple[str, ...]] = {
     "merge": ("merging/__init__.py", "merging/backbones.py", "merging/running_average.py"),
     "compose": ("merging/*.py",),
     "adapters": ("model/routing/adapters.py",),
+    "weighted-merge": ("realignment/weighted_merge.py",),
+    "statistics": (
+        "model/connectors.py",
+        "model/loading.py",
+        "data/features.py",
+        "realignment/statistics.py",
+    ),
+    "correct": ("model/connectors.py", "model/loading.py", "realignment/correction.py"),
+    "distil": DISTILLING_CODE,
+    "realign-masked": (
+        *TRAINING_CODE,
+        "model/routing/layers.py",
+        "model/routing/weights.py",
+        "realignment/decoupling.py",
+    ),
     "evaluate": ANSWERING_CODE,
     "evaluate-joint": (*ANSWERING_CODE, "evaluation/joint.py"),
     "perplexity": ("model/attention.py", "evaluation/perplexity.py"),

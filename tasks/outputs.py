@@ -41,7 +41,8 @@ def run_name(recipe: Recipe, usual: Sequence[str]) -> str:
 def model_alias(recipe: Recipe, usual: Sequence[str]) -> str:
     """The alias of a run's last model among the recipe's registered models."""
     order = ["-".join(recipe.order)] if _unusual(recipe, usual) else []
-    return "-".join([recipe.method, *order])
+    method = recipe.method.replace("+", "-plus")  # MLflow takes letters, digits, - and _ alone
+    return "-".join([method, *order])
 
 
 def search_file(recipe: Recipe, rule: str) -> Path:

@@ -24,6 +24,9 @@ _OTHER_BACKBONE_BYTES = 300_000_000
 _TRAINING_FACTOR = 7
 _SMALL_STEP_BYTES = 10_000_000
 _STATE_BYTES = 12  # a trained weight's fp32 master and two moments
+_HOLDING_BACKBONES = (
+    "backbone", "merge", "weighted-merge", "compose", "guarded-fine-tune", "fisher",
+)  # fmt: skip
 
 
 class PreflightError(GraftlineError):
@@ -69,7 +72,7 @@ def bytes_needed(plan: RunPlan, store: Store) -> int:
     heavy = [
         step
         for step in todo
-        if step.kind in ("backbone", "merge", "compose", "guarded-fine-tune", "fisher")
+        if step.kind in _HOLDING_BACKBONES
         or (step.kind == "fine-tune" and step.parameters["mode"] != "connector")
     ]
     checkpoints = training if any(s.kind.endswith("fine-tune") for s in heavy) else 0

@@ -29,7 +29,7 @@ from tasks import tracking
 from tasks.references import Place
 
 SLOTS_VARIABLE = "GRAFTLINE_CONCURRENCY_LIMIT"
-_COMPUTING = frozenset(CODE) - {"backbone", "merge", "compose", "adapters"}
+_COMPUTING = frozenset(CODE) - {"backbone", "merge", "weighted-merge", "compose", "adapters"}
 FINE_TUNING = ("fine-tune", "guarded-fine-tune", "fisher")
 """Kinds that hold a backbone's weights and as much again for each of them, or more."""
 _LASTING = frozenset(
@@ -104,7 +104,7 @@ def _task(kind: str) -> Task[[Step, Place], Reference]:
 
 WEIGHTS: Mapping[str, float] = {
     "fine-tune": 8.0, "guarded-fine-tune": 12.0, "fisher": 6.0, "realign": 3.5, "align": 2.0,
-    "features": 2.0,
+    "features": 2.0, "distil": 4.5, "realign-masked": 3.5,
 }  # fmt: skip
 """About how long a step takes beside an evaluation, on the starter."""
 TASKS: Mapping[str, Task[[Step, Place], Reference]] = {kind: _task(kind) for kind in CODE}

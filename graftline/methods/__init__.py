@@ -53,6 +53,10 @@ def method_named(name: str) -> Method:
     from graftline.methods.der import der
     from graftline.methods.ewc import ewc
     from graftline.methods.lwf import lwf
+    from graftline.methods.mera_corrected import mera_corrected
+    from graftline.methods.mera_distilled import mera_distilled
+    from graftline.methods.mera_masks import mera_masks
+    from graftline.methods.mera_plus import mera_plus
     from graftline.methods.o_lora import o_lora
     from graftline.methods.pathweave import pathweave
     from graftline.methods.replay import replay
@@ -74,5 +78,9 @@ def method_named(name: str) -> Method:
         "attention-only": attention_only,
         "o-lora": o_lora,
         "pathweave": pathweave,
+        "mera+": mera_plus,
+        "mera-corrected": mera_corrected,
+        "mera-distilled": mera_distilled,
+        "mera-masks": mera_masks,
     }
     return methods[name]

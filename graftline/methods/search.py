@@ -64,9 +64,18 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
             {"rivals.o_lora.rank": 32, "rivals.o_lora.strength": 0.05},
             {"rivals.o_lora.rank": 32}, {"rivals.o_lora.rank": 32, "rivals.o_lora.strength": 5.0},
         ),
+        "mera": (
+            {}, {"merge.coefficient": 0.3}, {"merge.coefficient": 0.5}, {"merge.coefficient": 0.7},
+            {"merge.depth": 0.5}, {"merge.depth": -0.5},
+        ),
+        "mera+": (
+            {}, {"mera_plus.replay": 0.0}, {"mera_plus.correct": True},
+            {"mera_plus.coefficient": 0.5}, {"mera_plus.depth": 0.5},
+            {"mera_plus.coefficient": 0.5, "mera_plus.depth": 0.5},
+        ),
     }
 )  # fmt: skip
-"""Rival -> dotted recipe keys: its own settings."""
+"""Method -> dotted recipe keys: its own settings, for MERA the coefficients of its merge."""
 RATED = ("finetune", *RIVALS)
 """Methods whose fine-tuning's learning rate and length can be searched."""
 _RATES = ((1.0, 1), (1 / 3, 1), (3.0, 1), (1.0, 2), (1 / 3, 2), (3.0, 2))
@@ -83,7 +92,7 @@ class Search:
         candidates: what differs from the recipe; the first is the recipe as it is.
         judged_by: `final`: the mean over modalities of the last model's scores; `when learned`:
             the mean over stages of what the newest modality scores.
-        what: `parameters` of a rule, `settings` of a rival, or `rates`.
+        what: `parameters` of a rule, `settings` of another method, or `rates`.
     """
 
     method: str

@@ -48,8 +48,11 @@ def test_every_rival_has_the_same_budget_of_valid_different_settings(method: str
     search = search_of(method, load_recipe(TINY), rates=False)
     assert (search.judged_by, search.name) == ("final", method)
     found = [load_recipe(TINY, search.overrides(each)) for each in search.candidates]
-    assert len(found) == BUDGET == len({repr(each.rivals) for each in found})
-    assert found[0].rivals == load_recipe(TINY).rivals
+    own = [(each.rivals, each.merge, each.mera_plus) for each in found]
+    assert len(found) == BUDGET == len({repr(each) for each in own})
+    assert found[0].model_dump(exclude={"method", "evaluation"}) == load_recipe(TINY).model_dump(
+        exclude={"method", "evaluation"}
+    )
     for recipe in found:
         assert (recipe.method, recipe.evaluation.split) == (method, "validation")
         assert not recipe.evaluation.references

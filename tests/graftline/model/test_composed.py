@@ -14,6 +14,7 @@ from graftline.merging.masks import load_masks
 from graftline.merging.streaming import MergeRequest, merge_checkpoints
 from graftline.model.routing import RoutedModel
 from graftline.model.routing.composed import route_to_experts, route_to_masks
+from graftline.realignment.decoupling import decouple
 from tests.graftline.model.two_modalities import NAMES, load_two, routed_layers
 
 
@@ -95,3 +96,19 @@ def test_a_modality_without_expert_is_named(folders: dict[str, Path]) -> None:
         route_to_masks(
             load_two(folders["composed"]), ["audio"], folders["composed"], folders["base"]
         )
+
+
+def test_a_modality_s_own_backbone_can_be_taken_out(folders: dict[str, Path]) -> None:
+    """So that its connector is realigned beside the very weights that its prompts will meet."""
+    for modality in NAMES:
+        routed = route_to_masks(
+            load_two(folders["composed"]), [modality], folders["composed"], folders["base"]
+        )
+        number = routed.model.modality_numbers[modality]
+        alone = load_two(folders["composed"]).model.backbone
+        decouple(alone, folders["composed"].parent, folders["base"], modality)
+        own = dict(alone.named_parameters())
+        for name, layer in routed_layers(routed).items():
+            assert torch.equal(own[f"{name}.weight"], layer._weights[number].dense()), name
+    with pytest.raises(GraftlineError, match="holds no mask for video"):
+        decouple(alone, folders["composed"].parent, folders["base"], "video")

@@ -1,0 +1,37 @@
+"""MERA whose connectors are realigned from the old model, without kept rows [ours]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from graftline.methods import Stage
+from graftline.methods.mera import Turn, grow
+from graftline.plan import Model, Planner
+from graftline.realign_plan import RealignPlanner
+
+
+def mera_distilled(planner: Planner, order: Sequence[str]) -> list[Stage]:
+    """Connectors learn from what was recorded of their modality's media, and from no row."""
+    steps = RealignPlanner.beside(planner)
+    return grow(steps, order, steps.merge, lambda turn: distilled(steps, turn, 0.0))
+
+
+def distilled(planner: RealignPlanner, turn: Turn, replay: float) -> Model:
+    """The turn's model with every connector realigned from the model that it was trained in.
+
+    Args:
+        planner: makes the steps.
+        turn: the stage.
+        replay: share of each modality's rows that is seen beside what is drawn.
+    """
+    connectors = {}
+    for name in turn.model.connectors:
+        statistics, share = None, 0.0
+        if name != turn.modality or planner.recipe.distil.own == "drawn":
+            stage = 1 + list(turn.learned).index(name)
+            statistics = planner.statistics(turn.learned[name], name, stage)
+            share = replay
+        old = turn.taught_by(name)
+        connectors[name] = planner.distil(turn.model, name, turn.stage, old, statistics, share)
+    return replace(turn.model, connectors=connectors)

@@ -1,0 +1,1 @@
+"""Realigning connectors with little or nothing kept of old rows; see docs/beyond.md [ours]."""
