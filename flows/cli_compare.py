@@ -84,7 +84,7 @@ def _budget(
         return None
     from graftline.budget import budget_of, plans_of
     from graftline.data.build import by_modality, checksums
-    from graftline.store import Store
+    from graftline.stores import open_store
 
     plans = plans_of(str(path), wanted, overrides, by_modality(checksums(folder)))
-    return budget_of([plan for _, plan in plans], Store(recipe.store, verify="quick")).text()
+    return budget_of([plan for _, plan in plans], open_store(recipe.store, verify="quick")).text()

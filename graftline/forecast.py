@@ -222,7 +222,7 @@ def backbone_shape(
 ) -> BackboneShape | None:
     """The backbone's shape: from its artifact if that is there, else if it is a known part."""
     for step in (step for _, steps in groups for step in steps if step.kind == "backbone"):
-        folder = store.folder(step.kind, step.reference.fingerprint)
+        folder = store.notes(step.kind, step.reference.fingerprint)
         try:
             text = (folder / "backbone" / "config.json").read_text(encoding="utf-8")
             return BackboneShape.of_config(json.loads(text))

@@ -19,6 +19,7 @@ from graftline.data.parts import Progress
 from graftline.data.validation import require_valid
 from graftline.errors import GraftlineError
 from graftline.progress import Advance, track
+from graftline.stores import machine_folder
 from tasks.references import DataVersion
 
 _log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def validate_data(folder: str, store: str) -> None:
     Raises:
         GraftlineError: lists every problem by file and row.
     """
-    mark = Path(store) / ".validated" / building.directory_md5(Path(folder))
+    mark = machine_folder(store) / ".validated" / building.directory_md5(Path(folder))
     if mark.exists():
         return
     with bar() as progress:
@@ -129,7 +130,7 @@ def bar() -> Iterator[Progress]:
 
 
 def _one_at_a_time(store: str) -> FileLock:
-    folder = Path(store) / ".locks"
+    folder = machine_folder(store) / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / "data.lock")
 
