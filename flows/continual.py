@@ -23,7 +23,7 @@ from tasks.preflight import check_disk, check_folders
 from tasks.records import recorded_run
 from tasks.references import DataVersion, Place
 from tasks.report import record_stage, register_model, write_run_report
-from tasks.stale import close_dead_runs, close_own_run
+from tasks.stale import close_dead_runs, close_lost_runs, close_own_run
 from tasks.steps import (
     FINE_TUNING,
     TASKS,
@@ -53,6 +53,7 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
     check_folders(recipe, folder)
     check_workers(recipe)
     close_dead_runs(recipe.store)
+    close_lost_runs(recipe.name)
     open_store(recipe.store).sweep()
     started = time.monotonic()
     with (

@@ -196,6 +196,19 @@ def _found_run(uri: str, experiment_id: str, query: str) -> str | None:
     return str(found[0].info.run_id) if found else None
 
 
+def running_runs(experiment_name: str) -> list[tuple[str, str]]:
+    """Ids in MLflow and in Prefect of a server's unfinished runs; none where it is away."""
+    uri = tracking_uri()
+    if not _is_server(uri):
+        return []
+    with suppress(MlflowException):
+        found = _client(uri).get_experiment_by_name(experiment_name)
+        query = "attributes.status = 'RUNNING' and tags.prefect_flow_run_id != ''"
+        runs = _client(uri).search_runs([found.experiment_id], query) if found else []
+        return [(run.info.run_id, run.data.tags["prefect_flow_run_id"]) for run in runs]
+    return []
+
+
 def method_run(tracked: TrackedRun, name: str, tags: Mapping[str, str]) -> str:
     """Returns the id of a new child run of a comparison, for one method."""
     own = {MLFLOW_PARENT_RUN_ID: tracked.run_id, MLFLOW_RUN_NAME: name, **tags}

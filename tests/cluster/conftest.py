@@ -123,6 +123,13 @@ def lab() -> Iterator[Lab]:
             "/usr/lib/postgresql/*/bin) and setpriv (util-linux)"
         )
     pytest.importorskip("psycopg2", reason="install graftline[test] for the cluster tests")
+    with running_lab(programs) as lab:
+        yield lab
+
+
+@contextmanager
+def running_lab(programs: Path) -> Iterator[Lab]:
+    """Starts all servers and deploys the flows; stops them at the end."""
     folder = Path(tempfile.mkdtemp(prefix="graftline-lab-"))
     folder.chmod(0o755)  # PostgreSQL runs as another user and looks into it
     with ExitStack() as stack:
@@ -148,9 +155,8 @@ def lab() -> Iterator[Lab]:
         build(laptop.folder / "data", sizes=SIZES)
         _wait(f"http://127.0.0.1:{prefect}/api/health", folder / "prefect.log")
         _wait(f"http://127.0.0.1:{mlflow}/health", folder / "mlflow.log")
-        for _ in range(2):  # the second time finds everything and changes nothing
-            code, text = laptop.run("deploy", "--slots", "2")
-            assert code == 0, text
+        code, text = laptop.run("deploy", "--slots", "2")
+        assert code == 0, text
         yield lab
 
 
@@ -224,10 +230,11 @@ def _mlflow(folder: Path, port: int, database: str, s3: dict[str, str]) -> Itera
         **s3,
         "MLFLOW_S3_ENDPOINT_URL": s3["AWS_ENDPOINT_URL"],
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--backend-store-uri", f"{database}/mlflow", "--workers", "1",
+        "--backend-store-uri", database.replace(":", "+psycopg2:", 1) + "/mlflow", "--workers", "1",
         "--artifacts-destination", "s3://lab/mlflow",
     ]  # fmt: skip
     with _server(tied(command), folder / "mlflow.log", environment):

@@ -103,6 +103,7 @@ def _mlflow(database: Path, port: int) -> Iterator[None]:
     server = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=database.parent,
         start_new_session=True,
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 90
@@ -157,9 +158,9 @@ def test_mlflow_learns_what_it_missed(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
     numbers = rows.execute(
         "select step, value from metrics join runs using (run_uuid) "
-        "where runs.name = 'stage 1: image' and model_id is null order by step"
+        "where runs.name = 'stage 1: image' and value > 50 order by step"
     )
-    assert numbers.fetchall()[-3:] == [(1, 91.0), (2, 92.0), (3, 93.0)]
+    assert numbers.fetchall() == [(1, 91.0), (2, 92.0), (3, 93.0)]
     alias = rows.execute("select name, alias, version from registered_model_aliases").fetchall()
     assert alias == [("tiny", "mera", 1)]
     rows.close()
