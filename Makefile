@@ -5,12 +5,13 @@ STAMP := .venv/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-fast lint clean distclean
+.PHONY: help demo test test-fast test-cluster lint clean distclean
 
 help:
 	@echo "make demo       install, then grow the starter's LLM by four modalities with MERA"
 	@echo "make test       install, then run the whole test suite"
 	@echo "make test-fast  the suite without its slow tests"
+	@echo "make test-cluster  PostgreSQL, S3, Prefect, MLflow and two workers on this machine"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what tests and tools leave behind"
 	@echo "make distclean  also remove .venv, artifacts, mlruns and the Prefect database"
@@ -28,10 +29,14 @@ demo: $(STAMP)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test: $(STAMP)
-	$(PYTEST)
+	$(PYTEST) --ignore tests/cluster
 
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --ignore tests/cluster -m "not slow"
+
+# Its servers and workers want the machine for themselves.
+test-cluster: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,14 +20,14 @@ from graftline.model.loading import (
 )
 from graftline.recipe import Recipe
 from graftline.run_plan import plan_run
-from graftline.store import Store
+from graftline.stores import open_store
 from graftline.training.optimizer import MasterAdamW, ParameterGroup
 
 
 def artifacts(recipe: Recipe, modality: str) -> dict[str, Path]:
     """Kind of step -> folder of the first finished one, of those that concern `modality`."""
     plan = plan_run(recipe, by_modality(checksums(Path(recipe.data.folder))))
-    store = Store(recipe.store)
+    store = open_store(recipe.store)
     found: dict[str, Path] = {}
     for reference, step in plan.steps.items():
         chosen = step.parameters.get("modalities") or [step.parameters.get("modality")]

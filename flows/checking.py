@@ -15,7 +15,7 @@ from graftline.errors import GraftlineError
 from graftline.imports import OwnRows, hashes_of, requests_of, rows_of
 from graftline.progress import shown
 from graftline.recipe import Recipe
-from graftline.store import Store
+from graftline.stores import open_store
 from tasks.data import bar
 from tasks.outputs import data_folder
 from tasks.own_data import import_own_data, in_folder
@@ -36,7 +36,7 @@ def check(recipe: Recipe, console: Console) -> list[Checked]:
     Raises:
         GraftlineError: a source cannot be read at all.
     """
-    out, store = data_folder(recipe.name), Store(recipe.store)
+    out, store = data_folder(recipe.name), open_store(recipe.store)
     hashes = hashes_of(store)
     found: dict[str, Checked] = {}
     with shown(console):

@@ -14,7 +14,7 @@ prepare()
 
 import typer  # noqa: E402
 
-from flows import cli_data, cli_plan, cli_use  # noqa: E402
+from flows import cli_data, cli_lab, cli_plan, cli_use  # noqa: E402
 from flows.cli_compare import compare  # noqa: E402
 from flows.cli_drift import drift  # noqa: E402
 from flows.options import (  # noqa: E402
@@ -47,6 +47,7 @@ app.add_typer(data_app, name="data")
 cli_data.register(data_app)
 app.command()(cli_plan.plan)
 cli_use.register(app)
+cli_lab.register(app)
 
 
 @app.command()

@@ -85,7 +85,7 @@ def _budget(
     if data is None or any(name not in data.files for name in recipe.order):
         return None
     from graftline.budget import budget_of, plans_of
-    from graftline.store import Store
+    from graftline.stores import open_store
 
     plans = plans_of(str(path), wanted, overrides, data.files)
-    return budget_of([plan for _, plan in plans], Store(recipe.store, verify="quick")).text()
+    return budget_of([plan for _, plan in plans], open_store(recipe.store, verify="quick")).text()

@@ -34,7 +34,7 @@ def drift(
 
     from graftline.drifting import connector_drifts
     from graftline.progress import shown
-    from graftline.store import Store
+    from graftline.stores import open_store
     from graftline.work import Machine
     from tasks.data import known_version
     from tasks.outputs import usual_order
@@ -44,7 +44,7 @@ def drift(
         raise GraftlineError(f"{chosen.data.folder} holds no data; run the recipe first")
     machine = Machine(Path(chosen.data.folder), chosen.execution.device)
     with shown(console):
-        found = connector_drifts(chosen, version.files, Store(chosen.store), machine, samples)
+        found = connector_drifts(chosen, version.files, open_store(chosen.store), machine, samples)
     gains = _gains(chosen, usual_order(recipe))
     file = Path("reports") / chosen.name / "drift" / f"{chosen.method}-seed-{chosen.seed}.csv"
     _write(file, found, gains)

@@ -16,7 +16,7 @@ from graftline.budget import plans_of
 from graftline.comparison import BASELINE, comparison_of
 from graftline.plan import Reference
 from graftline.recipe import load_recipe
-from graftline.store import Store
+from graftline.stores import open_store
 from tasks.comparing import (
     comparison_tags,
     computing_seconds,
@@ -87,7 +87,7 @@ def compare(
                 titled(recipe_path, run.changes(overrides or {}))
             groups[run.method].append(report)
         baseline = BASELINE if BASELINE in groups else None
-        computing = computing_seconds([plan for _, plan in plans], Store(recipe.store))
+        computing = computing_seconds([plan for _, plan in plans], open_store(recipe.store))
         reports = {**groups, **others}
         found = write_comparison(recipe.name, reports, baseline, computing, folder)
         title = f"comparison of {len(found.methods)} methods"

@@ -12,5 +12,14 @@ from flows.continual import continual
 
 @flow(name="compose", persist_result=False, validate_parameters=False)
 def compose(recipe_path: str, rule: str, overrides: Mapping[str, Any] | None = None) -> str:
-    """Trains what experts are missing and combines them; returns the report's folder."""
+    """Trains what experts are missing and combines them.
+
+    Args:
+        recipe_path: `params/*.yaml`.
+        rule: average, task-arithmetic, ties, dare-ties, consensus, pcb, emr, mmer or route.
+        overrides: dotted key -> value; wins over the file.
+
+    Returns:
+        The report's folder.
+    """
     return continual(recipe_path, {**(overrides or {}), "method": rule})

@@ -10,18 +10,20 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.data import versioned
+from flows.dispatch import WAITING, sent_out
 from flows.slots import Job, carry_out
 from graftline.execution import is_done
 from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan, plan_run
-from graftline.store import Store
+from graftline.stores import open_store
+from tasks.dispatch import check_workers
 from tasks.interruption import closed_when_stopped
 from tasks.outputs import model_alias, report_folder, run_name, usual_order
 from tasks.preflight import check_disk, check_folders
 from tasks.records import recorded_run
 from tasks.references import DataVersion, Place
 from tasks.report import record_stage, register_model, write_run_report
-from tasks.stale import close_dead_runs, close_own_run
+from tasks.stale import close_dead_runs, close_lost_runs, close_own_run
 from tasks.steps import (
     FINE_TUNING,
     TASKS,
@@ -49,8 +51,10 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
     usual = usual_order(recipe_path)
     folder = report_folder(recipe, usual)
     check_folders(recipe, folder)
+    check_workers(recipe)
     close_dead_runs(recipe.store)
-    Store(recipe.store).sweep()
+    close_lost_runs(recipe.name)
+    open_store(recipe.store).sweep()
     started = time.monotonic()
     with (
         recorded_run(recipe.store) as record,
@@ -60,7 +64,7 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
         record.note(prefect_flow_run=flow_id)
         data = versioned(recipe)
         plan = plan_run(recipe, data.files)
-        check_disk(plan, Store(recipe.store))
+        check_disk(plan, open_store(recipe.store))
         tags = {"prefect_flow_run_id": flow_id, "prefect_url": str(flow_run.ui_url)}
         name = run_name(recipe, usual)
         with tracked_run(recipe, name, plan.fingerprint, data, tags) as tracked:
@@ -72,7 +76,7 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
                 recipe.execution.slots,
                 tracked,
             )
-            computed = unfinished(plan, Store(recipe.store))
+            computed = unfinished(plan, open_store(recipe.store))
             model_id = carry_out_stages(plan, place, data)
             seconds = time.monotonic() - started
             write_run_report(plan, place, data, folder, seconds, computed)
@@ -91,7 +95,7 @@ def carry_out_stages(plan: RunPlan, place: Place, data: DataVersion) -> str | No
     """
     jobs: list[Job] = []
     records: list[str] = []
-    store, reused = Store(place.store), set()
+    store, reused = open_store(place.store), set()
     for stage, steps in by_stage(plan):
         for step in steps:
             if is_done(step, store):
@@ -109,6 +113,10 @@ def carry_out_stages(plan: RunPlan, place: Place, data: DataVersion) -> str | No
         jobs.append(Job(f"stage {stage}", record_stage, arguments, (*records[-1:], *measured)))
         records.append(f"stage {stage}")
     execution = plan.recipe.execution
-    futures = carry_out(jobs, execution.slots, {"fine-tune": execution.fine_tunings})
+    slots, limits = execution.slots, {"fine-tune": execution.fine_tunings}
+    if execution.where == "workers":
+        jobs = sent_out(jobs, plan, place, data)
+        slots, limits = max(slots, min(len(jobs), WAITING)), {"here": slots}
+    futures = carry_out(jobs, slots, limits)
     models = [futures[name].result() for name in records]
     return next((model for model in reversed(models) if model is not None), None)

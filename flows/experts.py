@@ -12,5 +12,13 @@ from flows.continual import continual
 
 @flow(name="experts", persist_result=False, validate_parameters=False)
 def experts(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> str:
-    """Trains and measures the expert of each modality of a recipe; returns the report's folder."""
+    """Trains and measures the expert of each modality of a recipe.
+
+    Args:
+        recipe_path: `params/*.yaml`.
+        overrides: dotted key -> value; wins over the file.
+
+    Returns:
+        The report's folder.
+    """
     return continual(recipe_path, {**(overrides or {}), "method": "experts"})

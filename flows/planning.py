@@ -19,6 +19,7 @@ from graftline.problems import recipe_problems
 from graftline.recipe import Recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
+from graftline.stores import open_store
 from tasks.outputs import report_folder
 from tasks.own_data import known_data
 from tasks.preflight import bytes_needed, check_disk, check_folders, nearest
@@ -68,7 +69,7 @@ def look_ahead(recipe: Recipe, usual: Sequence[str]) -> Prospect:
     report = report_folder(recipe, usual)
     problems = [*complaints, *recipe_problems(recipe, known if built else files)]
     problems += _complaints(lambda: check_folders(recipe, report))
-    store = Store(recipe.store, verify="quick")
+    store = open_store(recipe.store, verify="quick")
     try:
         plan = plan_run(recipe, files)
     except (GraftlineError, KeyError) as error:
@@ -112,7 +113,7 @@ def _damaged(plan: RunPlan, store: Store) -> list[str]:
     problems = []
     for step in plan.steps.values():
         try:
-            store.find(step.kind, step.reference.fingerprint)
+            store.holds(step.kind, step.reference.fingerprint)
         except CorruptArtifact as error:
             problems.append(str(error))
     return problems

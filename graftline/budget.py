@@ -103,7 +103,7 @@ def budget_of(plans: Sequence[RunPlan], store: Store) -> Budget:
         store: where artifacts lie.
     """
     steps = {reference: step for plan in plans for reference, step in plan.steps.items()}
-    done = {r for r, step in steps.items() if store.find(step.kind, r.fingerprint) is not None}
+    done = {r for r, step in steps.items() if store.holds(step.kind, r.fingerprint)}
     missing: dict[str, list[Step]] = {}
     for reference, step in steps.items():
         if reference not in done:

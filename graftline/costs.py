@@ -111,7 +111,7 @@ def busy_seconds(plan: RunPlan, store: Store, since: float) -> float:
 
 
 def _timing(step: Step, store: Store) -> Path:
-    return store.folder(step.kind, step.reference.fingerprint) / TIMING
+    return store.notes(step.kind, step.reference.fingerprint) / TIMING
 
 
 def model_parts(plan: RunPlan, stage: int | None = None) -> dict[str, set[Reference]]:
@@ -149,7 +149,7 @@ def _bytes_beyond_backbone(plan: RunPlan, store: Store) -> float:
     own: list[int] = []
     for role, parts in sorted(model_parts(plan).items()):
         for part in parts:
-            folder = store.folder(part.kind, part.fingerprint)
+            folder = store.local(part.kind, part.fingerprint)
             group, _, modality = role.partition(".")
             if group == "connector":
                 paths = [folder / f"connector-{modality}.safetensors"]
@@ -187,14 +187,14 @@ def _rows_kept(plan: RunPlan, training: Iterable[Step], store: Store) -> int:
 
 
 def _train_rows(step: Step, store: Store) -> int:
-    file = store.folder(step.kind, step.reference.fingerprint) / "train" / ROWS
+    file = store.notes(step.kind, step.reference.fingerprint) / "train" / ROWS
     return int(pq.read_metadata(file).num_rows)
 
 
 def _changed(step: Step, store: Store) -> int:
     """Weights in the model's tensors of a step's artifact that none of its parents holds so."""
-    folder = store.folder(step.kind, step.reference.fingerprint)
-    parents = [store.folder(p.kind, p.fingerprint) for p in step.parents.values()]
+    folder = store.local(step.kind, step.reference.fingerprint)
+    parents = [store.local(p.kind, p.fingerprint) for p in step.parents.values()]
     rank = step.parameters["lora"]["rank"] if step.parameters.get("mode") == "lora" else None
     count = 0
     for file in [*folder.glob("backbone/*.safetensors"), *folder.glob("connector-*.safetensors")]:

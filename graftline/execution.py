@@ -54,7 +54,7 @@ TIMING = "timing.json"
 
 def is_done(step: Step, store: Store) -> bool:
     """Whether a step's artifact is published."""
-    return store.find(step.kind, step.reference.fingerprint) is not None
+    return store.holds(step.kind, step.reference.fingerprint)
 
 
 def execute(step: Step, store: Store, machine: Machine) -> Artifact:

@@ -238,7 +238,7 @@ def backbone_shape(
 ) -> BackboneShape | None:
     """The backbone's shape: from its artifact, its local folder, the recipe, or a known part."""
     steps = [step for _, each in groups for step in each if step.kind == "backbone"]
-    folders = [store.folder(s.kind, s.reference.fingerprint) / "backbone" for s in steps]
+    folders = [store.notes(s.kind, s.reference.fingerprint) / "backbone" for s in steps]
     source = recipe.backbone.source
     if isinstance(source, BackboneSource) and source.folder is not None:
         folders.append(Path(source.folder))

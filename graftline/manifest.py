@@ -33,7 +33,7 @@ _verified: dict[str, tuple[tuple[str | int, ...], ...]] = {}  # folder -> its fi
 class CorruptArtifact(GraftlineError):
     """A published folder does not match its manifest."""
 
-    def __init__(self, path: Path, wrong: str, folder: Path) -> None:
+    def __init__(self, path: Path | str, wrong: str, folder: Path | str) -> None:
         remedy = f"Delete the folder {folder} and run again to rebuild it."
         super().__init__(f"{path}: {wrong}. {remedy}")
         self.path = path
@@ -126,9 +126,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptArtifact(path, "is missing", folder) from error
+    return parse_manifest(content, path, folder)
+
+
+def parse_manifest(content: bytes, path: Path | str, folder: Path | str) -> dict[str, Any]:
+    """Check the bytes of a manifest.
+
+    Args:
+        content: the bytes.
+        path: where they were read.
+        folder: the artifact that they seal.
+
+    Raises:
+        CorruptArtifact: If they are cut off, of another format, or were changed.
+    """
+    try:
+        manifest = json.loads(content)
     except ValueError as error:
         raise CorruptArtifact(path, "is cut off or damaged (not JSON)", folder) from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
@@ -143,6 +159,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+def require_owner(
+    manifest: Mapping[str, Any],
+    kind: str,
+    fingerprint: str,
+    path: Path | str,
+    folder: Path | str,
+) -> None:
+    """Compare whom a manifest belongs to with whom it was looked up for.
+
+    Raises:
+        CorruptArtifact: It belongs to another artifact.
+    """
+    owner = f"{manifest['kind']}/{manifest['fingerprint']}"
+    if owner != f"{kind}/{fingerprint}":
+        raise CorruptArtifact(path, f"belongs to {owner}", folder)
+
+
 def verify_folder(folder: Path, kind: str, fingerprint: str, *, full: bool) -> None:
     """Compare a folder with its manifest.
 
@@ -150,9 +183,7 @@ def verify_folder(folder: Path, kind: str, fingerprint: str, *, full: bool) -> N
         CorruptArtifact: Names the first file that differs, and how.
     """
     manifest = read_manifest(folder)
-    owner = f"{manifest['kind']}/{manifest['fingerprint']}"
-    if owner != f"{kind}/{fingerprint}":
-        raise CorruptArtifact(folder / MANIFEST, f"belongs to {owner}", folder)
+    require_owner(manifest, kind, fingerprint, folder / MANIFEST, folder)
     present, expected = _files(folder), manifest["files"]
     for name in sorted(present.keys() | expected.keys() | {MANIFEST}):
         wrong = None

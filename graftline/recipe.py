@@ -179,6 +179,9 @@ class ExecutionSettings(Part):
     """Where and how wide a run executes; does not change what is computed."""
 
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
+    where: Literal["here", "workers"] = Field(
+        "here", description="workers: steps go out to the machines of the Prefect work pool"
+    )
     slots: int = Field(1, ge=1, description="steps at once; on CPU they share its cores")
     fine_tunings: int = Field(1, ge=1, description="how many of them may fine-tune: memory")
 
@@ -207,7 +210,9 @@ class Recipe(Part):
     evaluation: EvaluationSettings = EvaluationSettings()
     execution: ExecutionSettings = ExecutionSettings()
     estimate: EstimateSettings = EstimateSettings()
-    store: str = Field("artifacts", description="folder of the artifact store")
+    store: str = Field(
+        "artifacts", description="folder of the artifact store, or s3://bucket/prefix"
+    )
 
     def modality(self, name: str) -> ModalitySettings:
         """The settings of one modality by its name."""

@@ -92,7 +92,7 @@ def _storage_bits(plan: RunPlan, store: Store) -> float | None:
     last = plan.stages[-1].final
     parts = {last.backbone, *last.experts.values(), *last.adapters.values()}
     parts |= {last.base} if last.base else set()
-    folders = {part: store.folder(part.kind, part.fingerprint) / "backbone" for part in parts}
+    folders = {part: store.local(part.kind, part.fingerprint) / "backbone" for part in parts}
     if not all(folder.exists() for folder in folders.values()):
         return None
     files = (file for folder in folders.values() for file in folder.rglob("*.safetensors"))

@@ -71,7 +71,7 @@ class Store:
 
     def __init__(self, root: Path | str, verify: Literal["quick", "full"] = "full") -> None:
         if "://" in str(root):
-            raise GraftlineError(f"{root}: the artifact store needs a local folder, not a URL.")
+            raise GraftlineError(f"{root}: is a URL; `graftline.stores.open_store` opens those.")
         self.root = Path(root)
         self.verify = verify
 
@@ -87,6 +87,29 @@ class Store:
                 " (in a kind also dots and hyphens, not first)."
             )
         return self.root / kind / fingerprint
+
+    def location(self, kind: str, fingerprint: str) -> str:
+        """Say where an artifact lies or would lie for all who use the store."""
+        return os.path.abspath(self.folder(kind, fingerprint))
+
+    def holds(self, kind: str, fingerprint: str) -> bool:
+        """Whether an artifact is published; verified as far as that needs no copying.
+
+        Raises:
+            CorruptArtifact: If it is there but does not match its manifest.
+        """
+        return self.find(kind, fingerprint) is not None
+
+    def local(self, kind: str, fingerprint: str) -> Path:
+        """A folder of this machine with an artifact's files; it is missing if they are."""
+        return self.folder(kind, fingerprint)
+
+    def notes(self, kind: str, fingerprint: str) -> Path:
+        """A folder of this machine with an artifact's small files, if it is published.
+
+        For tables, histories and durations, which people want to see without the weights.
+        """
+        return self.folder(kind, fingerprint)
 
     def find(self, kind: str, fingerprint: str) -> Artifact | None:
         """Return a published artifact after verifying it, or None if there is none.
@@ -232,7 +255,7 @@ class Store:
         for work in sorted((self.root / ".work").glob("[!.]*-*")):
             kind, _, fingerprint = work.name.rpartition("-")
             with suppress(GraftlineError):  # a foreign name, a corrupt artifact, a lock in use
-                if self.find(kind, fingerprint) is not None:
+                if self.holds(kind, fingerprint):
                     with self.lock(kind, fingerprint, on_wait=_give_up):
                         durable.discard(work)
                     swept.append(work)

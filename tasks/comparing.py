@@ -29,6 +29,7 @@ from graftline.execution import is_done
 from graftline.plan import Reference, Step
 from graftline.run_plan import RunPlan
 from graftline.store import Store
+from graftline.stores import open_store
 from tasks import tracking
 from tasks.outputs import finished_reports
 from tasks.references import TrackedRun
@@ -69,7 +70,7 @@ def is_finished(plan: RunPlan, folder: Path, done: set[Reference]) -> bool:
     metrics = metrics_in(folder)
     if metrics.get("fingerprint") != plan.fingerprint or not has_costs(metrics):
         return False
-    store = Store(plan.recipe.store, verify="quick")
+    store = open_store(plan.recipe.store, verify="quick")
     done |= {r for r, step in plan.steps.items() if r not in done and is_done(step, store)}
     return (folder / "examples.csv").exists() and done >= plan.steps.keys()
 

@@ -21,6 +21,7 @@ from graftline.data.rows import MODALITIES
 from graftline.data.validation import require_valid
 from graftline.errors import GraftlineError
 from graftline.progress import Advance, track
+from graftline.stores import machine_folder
 from tasks.references import DataVersion
 
 _log = logging.getLogger(__name__)
@@ -72,7 +73,11 @@ def validate_data(folder: str, store: str, modalities: Mapping[str, str] | None 
     wanted = kinds_of(modalities or MODALITIES)
     md5 = building.directory_md5(Path(folder))
     named = "".join(f" {name}={kind}" for name, kind in sorted(wanted.items()))
-    mark = Path(store) / ".validated" / (md5 if wanted == kinds_of(MODALITIES) else md5 + named)
+    mark = (
+        machine_folder(store)
+        / ".validated"
+        / (md5 if wanted == kinds_of(MODALITIES) else md5 + named)
+    )
     if mark.exists():
         return
     with bar() as progress:
@@ -139,7 +144,7 @@ def bar() -> Iterator[Progress]:
 
 
 def _one_at_a_time(store: str) -> FileLock:
-    folder = Path(store) / ".locks"
+    folder = machine_folder(store) / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / "data.lock")
 

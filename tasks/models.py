@@ -25,7 +25,7 @@ from graftline.errors import GraftlineError
 from graftline.model.own_backbone import backbone_name
 from graftline.recipe import RecipeError, load_recipe
 from graftline.run_plan import RunPlan, plan_run
-from graftline.store import Store
+from graftline.stores import open_store
 from tasks.outputs import read_object, report_folder, usual_order
 from tasks.own_data import known_data
 from tasks.references import DataVersion
@@ -107,7 +107,7 @@ def _from_recipe(path: Path, overrides: Mapping[str, Any], stage: int | None) ->
     if missing:
         raise GraftlineError(f"{data.source}: holds no rows of {', '.join(missing)}")
     plan = plan_run(recipe, data.files)
-    parts = parts_of_plan(plan, Store(recipe.store), stage)
+    parts = parts_of_plan(plan, open_store(recipe.store), stage)
     return FinishedModel(plan, data, parts, stage_of(plan, stage).index, usual_order(path))
 
 

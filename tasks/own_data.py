@@ -12,7 +12,7 @@ from graftline.data.build import listing_md5
 from graftline.errors import GraftlineError
 from graftline.imports import OwnRows, files_of, hashes_of, known_rows, requests_of, rows_of
 from graftline.recipe import Recipe
-from graftline.store import Store
+from graftline.stores import open_store
 from tasks.data import bar, known_version
 from tasks.references import DataVersion
 
@@ -30,7 +30,7 @@ def import_own_data(recipe: Recipe) -> dict[str, OwnRows]:
     requests = requests_of(recipe)
     if not requests:
         return {}
-    store = Store(recipe.store)
+    store = open_store(recipe.store)
     hashes = hashes_of(store)
     found: dict[str, OwnRows] = {}
     problems: list[str] = []
@@ -73,7 +73,7 @@ def known_data(recipe: Recipe) -> tuple[DataVersion | None, list[str]]:
     Nothing is imported, built or recorded. Modalities that are still to be imported are not among
     the version's files; it is None where nothing is known at all.
     """
-    store = Store(recipe.store, verify="quick")
+    store = open_store(recipe.store, verify="quick")
     hashes, problems = hashes_of(store), []
     own: dict[str, OwnRows] = {}
     for name, request in requests_of(recipe).items():

@@ -15,6 +15,7 @@ from graftline.model_settings import BackboneSource
 from graftline.recipe import Recipe
 from graftline.run_plan import RunPlan
 from graftline.store import Store
+from graftline.stores import machine_folder
 from graftline.work import DTYPES
 from tasks import tracking
 
@@ -44,7 +45,9 @@ def check_folders(recipe: Recipe, report: Path) -> None:
         PreflightError: lists every folder that cannot be written, and what to do.
     """
     wanted = {
-        Path(recipe.store): "make it writable or choose another folder with --set store=<folder>",
+        machine_folder(
+            recipe.store
+        ): "make it writable or choose another folder with --set store=<folder>",
         report: "move away what is in its place, or make it writable",
     }
     if not os.environ.get("MLFLOW_TRACKING_URI"):

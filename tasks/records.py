@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from graftline.durable import atomic_write_text
+from graftline.stores import machine_folder
 
 
 class RunRecord:
@@ -44,7 +45,7 @@ class RunRecord:
 @contextmanager
 def recorded_run(store: Path | str) -> Iterator[RunRecord]:
     """Keeps a record of a run while the context lasts, and removes it at its end."""
-    folder = Path(store) / ".runs"
+    folder = machine_folder(store) / ".runs"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{uuid.uuid4().hex}.json"
     lock = FileLock(path.with_suffix(".lock"))
@@ -59,7 +60,7 @@ def recorded_run(store: Path | str) -> Iterator[RunRecord]:
 
 def dead_runs(store: Path | str) -> Iterator[Mapping[str, str | int]]:
     """Yields what dead runs recorded, and forgets each after its caller has dealt with it."""
-    for path in sorted((Path(store) / ".runs").glob("*.json")):
+    for path in sorted((machine_folder(store) / ".runs").glob("*.json")):
         lock = FileLock(path.with_suffix(".lock"))
         with suppress(Timeout), lock.acquire(blocking=False):
             try:

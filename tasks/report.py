@@ -30,7 +30,7 @@ from graftline.evaluation.report import (
 from graftline.plan import Model
 from graftline.results import collect
 from graftline.run_plan import RunPlan
-from graftline.store import Store
+from graftline.stores import open_store
 from tasks import tracking
 from tasks.outputs import pictures
 from tasks.references import DataVersion, Place
@@ -86,7 +86,7 @@ def write_run_report(
         The report's folder.
     """
     old = metrics_in(folder)
-    store = Store(place.store)
+    store = open_store(place.store)
     if computed == 0 and old.get("fingerprint") == plan.fingerprint:
         metrics = old
         if not has_costs(old):
@@ -148,7 +148,7 @@ def _until(plan: RunPlan, stage: int) -> RunPlan:
 def _collect(plan: RunPlan, place: Place, data: DataVersion, seconds: float) -> RunScores:
     return collect(
         plan if plan.stages else _kept_apart(plan),
-        Store(place.store),
+        open_store(place.store),
         wall_seconds=seconds,
         peak_rss_bytes=_peak_bytes(),
         data_md5=data.md5,
@@ -200,15 +200,15 @@ def _log_model(
     numbers: Mapping[str, float],
 ) -> str:
     assert place.tracked is not None
-    store, recipe = Store(place.store), plan.recipe
+    store, recipe = open_store(place.store), plan.recipe
     parts = {"backbone": model.backbone} | {
         f"connector.{name}": reference for name, reference in model.connectors.items()
     }
     tags = {role: f"{part.kind}/{part.fingerprint}" for role, part in parts.items()}
     tags |= {"method": recipe.method, "seed": str(recipe.seed), "stage": str(stage)}
-    folder = store.folder(model.backbone.kind, model.backbone.fingerprint).absolute()
+    where = store.location(model.backbone.kind, model.backbone.fingerprint)
     name = f"{recipe.name}-{recipe.method}-stage-{stage}".replace(".", "-")
-    return tracking.log_model(place.tracked, child, name, folder, tags, numbers, stage)
+    return tracking.log_model(place.tracked, child, name, where, tags, numbers, stage)
 
 
 def _draw(folder: Path, run: RunScores) -> None:

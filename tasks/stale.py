@@ -12,7 +12,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 from tasks.records import RunRecord, dead_runs
-from tasks.tracking import end_run, tracking_uri
+from tasks.tracking import end_run, running_runs, tracking_uri
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +24,21 @@ def close_dead_runs(store: str) -> int:
         count += 1
         close_run(record)
         _log.info("closed a run of process %s, which was killed", record.get("pid"))
+    return count
+
+
+def close_lost_runs(experiment_name: str) -> int:
+    """Closes a lab's runs in MLflow whose flow run crashed with its machine; returns how many."""
+    count = 0
+    for run_id, flow_run_id in running_runs(experiment_name):
+        with get_client(sync_client=True) as client:
+            try:
+                state = client.read_flow_run(UUID(flow_run_id)).state
+            except (ObjectNotFound, ValueError):
+                continue  # of another Prefect server
+        if state is not None and state.is_crashed():
+            end_run(tracking_uri(), run_id, "KILLED")
+            count += 1
     return count
 
 

@@ -24,11 +24,14 @@ from graftline.plan import Reference, Step
 from graftline.run_plan import PlannedScore, RunPlan
 from graftline.step_code import CODE
 from graftline.store import Store
+from graftline.stores import open_store
 from graftline.work import Machine
 from tasks import tracking
 from tasks.references import Place
 
 SLOTS_VARIABLE = "GRAFTLINE_CONCURRENCY_LIMIT"
+LEASE_SECONDS = 60.0
+"""Prefect allows no shorter one."""
 _COMPUTING = frozenset(CODE) - {"backbone", "merge", "weighted-merge", "compose", "adapters"}
 FINE_TUNING = ("fine-tune", "guarded-fine-tune", "fisher")
 """Kinds that hold a backbone's weights and as much again for each of them, or more."""
@@ -57,9 +60,9 @@ def _may_retry(_task: Any, _run: Any, state: Any) -> bool:
 
 def carry_out(step: Step, place: Place) -> Reference:
     """Carries one step out and records it; returns where the result lies."""
-    store = Store(place.store)
+    store = open_store(place.store)
     with _slot(step.kind):
-        reused = store.folder(step.kind, step.reference.fingerprint).exists()
+        reused = store.holds(step.kind, step.reference.fingerprint)
         machine = Machine(Path(place.data_folder), place.device, place.slots)
         artifact = execute(step, store, machine)
         _record(step, place, artifact.folder, reused=reused)
@@ -68,8 +71,17 @@ def carry_out(step: Step, place: Place) -> Reference:
 
 def note_reused(step: Step, place: Place) -> None:
     """Records a step that was finished before the run began."""
-    folder = Store(place.store).folder(step.kind, step.reference.fingerprint)
-    _record(step, place, folder, reused=True)
+    _note(step, place, reused=True)
+
+
+def note_done(step: Step, place: Place) -> None:
+    """Records a step that another process carried out for this run."""
+    _note(step, place, reused=False)
+
+
+def _note(step: Step, place: Place, *, reused: bool) -> None:
+    folder = open_store(place.store).notes(step.kind, step.reference.fingerprint)
+    _record(step, place, folder, reused=reused)
 
 
 def _record(step: Step, place: Place, folder: Path, *, reused: bool) -> None:
@@ -85,7 +97,11 @@ def _slot(kind: str) -> Iterator[None]:
     if not limit or kind not in _COMPUTING:
         yield
         return
-    with concurrency(limit, strict=True):  # without `strict` an unknown limit would be ignored
+    # Without `strict` an unknown limit would be ignored. The lease ends a minute after its holder;
+    # a holder goes on while the server is away.
+    with concurrency(
+        limit, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False
+    ):
         yield
 
 

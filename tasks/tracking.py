@@ -1,38 +1,42 @@
 """MLflow: one experiment a recipe, a parent run a flow run, a child run a stage.
 
 Everything goes through `MlflowClient` with explicit run ids: MLflow's notion of an active run
-does not reach the threads of submitted tasks.
+does not reach the threads of submitted tasks. What a tracking server cannot be told because it is
+away waits in `mlruns/journal-*.jsonl`, and no run fails or stops for that.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from graftline.errors import GraftlineError
 from graftline.plan import Step
 from graftline.recipe import Recipe
+from tasks.journal import PROMISED, Journal, Refused
+from tasks.mlflow_calls import ENTRY, OPERATIONS, perform
 from tasks.outputs import read_object
 from tasks.references import DataVersion, TrackedRun
 
 FOLDER = Path("mlruns")
-_BATCH = 1000
 _children = threading.Lock()
 _child_ids: dict[tuple[str, int], str] = {}
+_parent_tags: dict[str, Mapping[str, str]] = {}
 _ended: set[str] = set()  # parent runs; a thread that goes on computing opens no child of them
 
 
@@ -47,6 +51,40 @@ def _client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
+@cache
+def _journal(uri: str, folder: Path) -> Journal:
+    name = hashlib.sha256(uri.encode()).hexdigest()[:12]
+    return Journal(folder / f"journal-{name}.jsonl", partial(perform, _client(uri)))
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http:", "https:"))
+
+
+def _tell(uri: str, operation: str, **arguments: Any) -> str:
+    """Carries out one of `OPERATIONS`; where a server is away, it is noted and told later."""
+    if not _is_server(uri):
+        return OPERATIONS[operation](_client(uri), **arguments) or ""
+    return _journal(uri, FOLDER.absolute()).call(operation, **arguments)
+
+
+def _new_run(uri: str, experiment_id: str, tags: Mapping[str, str]) -> str:
+    entry = {ENTRY: uuid.uuid4().hex} if _is_server(uri) else {}
+    return _tell(
+        uri,
+        "create_run",
+        experiment_id=experiment_id,
+        tags={**tags, **entry},
+        start_time=_now(),
+    )
+
+
+def deliver() -> bool:
+    """Tells a tracking server what it missed; says whether nothing is left to tell."""
+    uri = tracking_uri()
+    return not _is_server(uri) or _journal(uri, FOLDER.absolute()).deliver()
+
+
 def experiment(name: str) -> tuple[str, str]:
     """Returns the tracking URI and the id of a recipe's experiment, made if absent.
 
@@ -55,13 +93,9 @@ def experiment(name: str) -> tuple[str, str]:
     uri = tracking_uri()
     FOLDER.mkdir(exist_ok=True)
     with FileLock(FOLDER / ".create.lock"):
-        client = _client(uri)
-        found = client.get_experiment_by_name(name)
-        if found is not None:
-            return uri, str(found.experiment_id)
         own = uri.startswith("sqlite:")
         location = (FOLDER / "artifacts" / name).absolute().as_uri() if own else None
-        return uri, str(client.create_experiment(name, artifact_location=location))
+        return uri, _tell(uri, "create_experiment", name=name, location=location)
 
 
 @contextmanager
@@ -69,8 +103,8 @@ def tracked_run(
     recipe: Recipe, name: str, fingerprint: str, data: DataVersion, tags: Mapping[str, str]
 ) -> Iterator[TrackedRun]:
     """A parent run while the context lasts; it ends FINISHED, FAILED or KILLED, as is true."""
+    deliver()
     uri, experiment_id = experiment(recipe.name)
-    client = _client(uri)
     run_tags = {
         MLFLOW_RUN_NAME: name,
         "method": recipe.method,
@@ -80,13 +114,21 @@ def tracked_run(
         "fingerprint": fingerprint,
         **tags,
     }
-    run = client.create_run(experiment_id, tags=run_tags)
-    tracked = TrackedRun(uri, experiment_id, run.info.run_id)
+    tracked = TrackedRun(uri, experiment_id, _new_run(uri, experiment_id, run_tags))
+    _parent_tags[tracked.run_id] = run_tags
     status = "FINISHED"
     try:
         settings = flat(recipe.model_dump(mode="json", exclude={"execution", "store"}))
-        client.log_batch(tracked.run_id, params=[Param(k, v[:6000]) for k, v in settings.items()])
-        _log_data(client, tracked.run_id, data)
+        _tell(uri, "log", run_id=tracked.run_id, params=settings)
+        _tell(
+            uri,
+            "log_data",
+            run_id=tracked.run_id,
+            name=Path(data.folder).name,
+            digest=data.md5[:36],
+            source=data.source,
+            profile=json.dumps(data.files, default=dict)[:16_000],
+        )
         yield tracked
     except Exception:
         status = "FAILED"
@@ -96,6 +138,7 @@ def tracked_run(
         raise
     finally:
         end_run(tracked.uri, tracked.run_id, status)
+        deliver()
 
 
 def end_run(uri: str, run_id: str, status: str) -> None:
@@ -106,16 +149,10 @@ def end_run(uri: str, run_id: str, status: str) -> None:
         run_id: the parent run.
         status: FINISHED, FAILED or KILLED.
     """
-    client = _client(uri)
     with _children:
         _ended.add(run_id)
-    with suppress(MlflowException):
-        parent = client.get_run(run_id)
-        query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}' and attributes.status = 'RUNNING'"
-        for child in client.search_runs([parent.info.experiment_id], query):
-            client.set_terminated(child.info.run_id, status)
-        if parent.info.status == "RUNNING":
-            client.set_terminated(run_id, status)
+    with suppress(MlflowException, Refused):
+        _tell(uri, "end_run", run_id=run_id, status=status, end_time=_now())
 
 
 @contextmanager
@@ -133,13 +170,12 @@ def comparison_run(
         The run; `None` if the same comparison is recorded already.
     """
     uri, experiment_id = experiment(experiment_name)
-    client = _client(uri)
     query = f"tags.comparison = '{tags['comparison']}' and attributes.status = 'FINISHED'"
-    if client.search_runs([experiment_id], query, max_results=1):
+    if _found_run(uri, experiment_id, query):
         yield None
         return
-    run = client.create_run(experiment_id, tags={MLFLOW_RUN_NAME: name, **tags})
-    tracked, status = TrackedRun(uri, experiment_id, run.info.run_id), "FAILED"
+    run_id = _new_run(uri, experiment_id, {MLFLOW_RUN_NAME: name, **tags})
+    tracked, status = TrackedRun(uri, experiment_id, run_id), "FAILED"
     try:
         yield tracked
         status = "FINISHED"
@@ -147,37 +183,62 @@ def comparison_run(
         end_run(uri, tracked.run_id, status)
 
 
+def _found_run(uri: str, experiment_id: str, query: str) -> str | None:
+    """The id of a run that matches; None where a server that is away cannot be asked."""
+    if PROMISED in experiment_id + query:
+        return None
+    try:
+        found = _client(uri).search_runs([experiment_id], query, max_results=1)
+    except MlflowException:
+        if _is_server(uri):
+            return None
+        raise
+    return str(found[0].info.run_id) if found else None
+
+
+def running_runs(experiment_name: str) -> list[tuple[str, str]]:
+    """Ids in MLflow and in Prefect of a server's unfinished runs; none where it is away."""
+    uri = tracking_uri()
+    if not _is_server(uri):
+        return []
+    with suppress(MlflowException):
+        found = _client(uri).get_experiment_by_name(experiment_name)
+        query = "attributes.status = 'RUNNING' and tags.prefect_flow_run_id != ''"
+        runs = _client(uri).search_runs([found.experiment_id], query) if found else []
+        return [(run.info.run_id, run.data.tags["prefect_flow_run_id"]) for run in runs]
+    return []
+
+
 def method_run(tracked: TrackedRun, name: str, tags: Mapping[str, str]) -> str:
     """Returns the id of a new child run of a comparison, for one method."""
     own = {MLFLOW_PARENT_RUN_ID: tracked.run_id, MLFLOW_RUN_NAME: name, **tags}
-    client = _client(tracked.uri)
-    return str(client.create_run(tracked.experiment_id, tags=own).info.run_id)
+    return _new_run(tracked.uri, tracked.experiment_id, own)
 
 
 def stage_run(tracked: TrackedRun, stage: int) -> str:
     """Returns the id of a stage's child run, which is made when it is first asked for."""
-    client = _client(tracked.uri)
     query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{tracked.run_id}' and tags.stage = '{stage}'"
     with _children:
         if tracked.run_id in _ended:
             raise GraftlineError(f"the MLflow run {tracked.run_id} has ended")
         if (tracked.run_id, stage) in _child_ids:
             return _child_ids[tracked.run_id, stage]
-        found = client.search_runs([tracked.experiment_id], query, max_results=1)
+        found = _found_run(tracked.uri, tracked.experiment_id, query)
         if found:  # by another process of the same run
-            return str(found[0].info.run_id)
-        parent = client.get_run(tracked.run_id)
+            return found
+        known = _parent_tags.get(tracked.run_id)
+        known = known or _client(tracked.uri).get_run(tracked.run_id).data.tags
         copied = ("method", "order", "seed", "data_md5", "fingerprint")
-        tags = {key: parent.data.tags[key] for key in copied if key in parent.data.tags}
+        tags = {key: known[key] for key in copied if key in known}
         label = "base and experts"
         if stage:
-            label = f"stage {stage}: {parent.data.tags['order'].split(',')[stage - 1]}"
+            label = f"stage {stage}: {known['order'].split(',')[stage - 1]}"
         tags |= {
             MLFLOW_PARENT_RUN_ID: tracked.run_id,
             MLFLOW_RUN_NAME: label,
             "stage": str(stage),
         }
-        made = str(client.create_run(tracked.experiment_id, tags=tags).info.run_id)
+        made = _new_run(tracked.uri, tracked.experiment_id, tags)
         _child_ids[tracked.run_id, stage] = made
         return made
 
@@ -185,41 +246,38 @@ def stage_run(tracked: TrackedRun, stage: int) -> str:
 def log_step(tracked: TrackedRun, step: Step, folder: Path, *, reused: bool) -> None:
     """Records a finished step on its stage's run: losses, speed, where the artifact lies."""
     run_id = stage_run(tracked, step.stage)
-    client = _client(tracked.uri)
     chosen = step.parameters.get("modalities") or [step.parameters.get("modality")]
     key = ".".join([step.kind, *(str(name) for name in chosen if name)])
     now = _now()
-    metrics: list[Metric] = []
+    metrics: list[tuple[str, float, int, int]] = []
     history = read_object(folder / "history.json")
     for i, loss in enumerate(history.get("losses", []), start=1):
-        metrics.append(Metric(f"loss.{key}", float(loss), now, i))
+        metrics.append((f"loss.{key}", float(loss), now, i))
     for i, norm in enumerate(history.get("norms", []), start=1):
-        metrics.append(Metric(f"gradient_norm.{key}", float(norm), now, i))
+        metrics.append((f"gradient_norm.{key}", float(norm), now, i))
     timing = read_object(folder / "timing.json")
     if "seconds" in timing:
-        metrics.append(Metric(f"seconds.{key}", float(timing["seconds"]), now, 0))
+        metrics.append((f"seconds.{key}", float(timing["seconds"]), now, 0))
         if history.get("tokens") and timing["seconds"] > 0:
             speed = history["tokens"] / timing["seconds"]
-            metrics.append(Metric(f"tokens_per_second.{key}", speed, now, 0))
-    for start in range(0, len(metrics), _BATCH):
-        client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
+            metrics.append((f"tokens_per_second.{key}", speed, now, 0))
     reference = step.reference
     note = f"{step.kind}/{reference.fingerprint}{' (reused)' if reused else ''}"
     name = f"artifact.{key}" if step.kind != "evaluate" else f"artifact.{key}.{note[9:21]}"
-    client.log_batch(run_id, tags=[RunTag(name, note)])
+    _tell(tracked.uri, "log", run_id=run_id, metrics=metrics, tags={name: note})
 
 
 def log_numbers(run_id: str, uri: str, numbers: Mapping[str, float], step: int) -> None:
     """Records numbers of one stage on one run."""
     now = _now()
-    _client(uri).log_batch(run_id, metrics=[Metric(k, v, now, step) for k, v in numbers.items()])
+    _tell(uri, "log", run_id=run_id, metrics=[(k, v, now, step) for k, v in numbers.items()])
 
 
 def log_model(
     tracked: TrackedRun,
     run_id: str,
     name: str,
-    folder: Path,
+    where: str,
     tags: Mapping[str, str],
     numbers: Mapping[str, float],
     stage: int,
@@ -229,45 +287,26 @@ def log_model(
     Returns:
         The model's id in MLflow.
     """
-    client = _client(tracked.uri)
-    model = mlflow.create_external_model(
-        name=name,
-        source_run_id=run_id,
-        tags={**tags, "artifact_path": str(folder)},
+    return _tell(
+        tracked.uri,
+        "log_model",
         experiment_id=tracked.experiment_id,
-        model_type="multimodal",
+        run_id=run_id,
+        name=name,
+        tags={**tags, "artifact_path": where},
+        numbers=dict(numbers),
+        step=stage,
+        now=_now(),
     )
-    for key, value in numbers.items():
-        client.log_metric(run_id, key, value, step=stage, model_id=model.model_id)
-    return str(model.model_id)
 
 
-def register(name: str, model_id: str, run_id: str, alias: str, tags: Mapping[str, str]) -> str:
+def register(name: str, model_id: str, run_id: str, alias: str, tags: Mapping[str, str]) -> None:
     """Registers a run's last model and points the method's alias at it.
 
     A model of the same fingerprint that was registered before is not registered again.
-
-    Returns:
-        The version.
     """
-    client = _client(tracking_uri())
-    with suppress(MlflowException):
-        client.create_registered_model(name)
-    same = client.search_model_versions(f"name = '{name}'")
-    version = next(
-        (
-            found.version
-            for found in same
-            if all(found.tags.get(key) == tags[key] for key in ("method", "fingerprint"))
-        ),
-        None,
-    )
-    if version is None:
-        version = client.create_model_version(
-            name, source=f"models:/{model_id}", run_id=run_id, tags=dict(tags), model_id=model_id
-        ).version
-    client.set_registered_model_alias(name, alias, str(version))
-    return str(version)
+    given = {"name": name, "model_id": model_id, "run_id": run_id, "alias": alias}
+    _tell(tracking_uri(), "register", **given, tags=dict(tags))
 
 
 def registered_tags(name: str, alias: str | None, version: str | None) -> dict[str, str]:
@@ -302,13 +341,13 @@ def registered_tags(name: str, alias: str | None, version: str | None) -> dict[s
 
 def tag_run(tracked: TrackedRun, tags: Mapping[str, str]) -> None:
     """Adds tags to the parent run."""
-    _client(tracked.uri).log_batch(tracked.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+    _tell(tracked.uri, "log", run_id=tracked.run_id, tags=dict(tags))
 
 
 def log_files(tracked: TrackedRun, files: Sequence[Path]) -> None:
     """Copies small files (report and pictures) to the parent run."""
-    for path in files:
-        _client(tracked.uri).log_artifact(tracked.run_id, str(path), "report")
+    paths = [str(path.absolute()) for path in files]
+    _tell(tracked.uri, "log_files", run_id=tracked.run_id, paths=paths)
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -322,18 +361,6 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
                 ",".join(map(str, value)) if isinstance(value, list) else str(value)
             )
     return found
-
-
-def _log_data(client: MlflowClient, run_id: str, data: DataVersion) -> None:
-    dataset = Dataset(
-        name=Path(data.folder).name,
-        digest=data.md5[:36],
-        source_type="dvc",
-        source=json.dumps({"uri": data.source}),
-        profile=json.dumps(data.files, default=dict)[:16_000],
-    )
-    tags = [InputTag(MLFLOW_DATASET_CONTEXT, "training")]
-    client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags)])
 
 
 def _now() -> int:

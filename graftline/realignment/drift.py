@@ -28,8 +28,9 @@ from graftline.training.distillation import answer_logits, distillation
 def second_moment(loaded: LoadedModel, modality: str, inner: Tensor) -> Tensor:
     """E t t' of the tokens that a connector makes of inner vectors: float64 (width, width)."""
     layer = last_layer(loaded, modality)
-    tokens = layer(inner.to(loaded.model.device)).flatten(0, 1).double().cpu()
-    return tokens.T @ tokens / len(tokens)
+    tokens: Tensor = layer(inner.to(loaded.model.device)).flatten(0, 1).double().cpu()
+    moment: Tensor = tokens.T @ tokens / len(tokens)
+    return moment
 
 
 def reading_drift(old: Tensor, new: Tensor, moment: Tensor) -> float:

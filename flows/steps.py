@@ -1,0 +1,43 @@
+"""Steps of somebody's run, carried out by a worker: what `execution.where: workers` sends out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prefect import flow
+
+from graftline.errors import GraftlineError
+from graftline.recipe import Recipe
+from graftline.run_plan import plan_run
+from tasks.references import Place
+from tasks.steps import TASKS
+
+
+@flow(name="steps", persist_result=False, validate_parameters=False)
+def steps(
+    recipe: Mapping[str, Any],
+    data_files: Mapping[str, Mapping[str, str]],
+    references: Sequence[str],
+) -> None:
+    """Carries out some steps of a run, one after another; the store has their inputs.
+
+    Args:
+        recipe: the run's whole recipe, as plain data.
+        data_files: modality, then split, then md5 of its file: with the recipe they make the plan.
+        references: which steps, as `<kind>/<fingerprint>`, parents before children.
+    """
+    chosen = Recipe.model_validate(recipe)
+    plan = plan_run(chosen, data_files)
+    known = {f"{each.kind}/{each.fingerprint}": step for each, step in plan.steps.items()}
+    missing = [name for name in references if name not in known]
+    if missing:
+        raise GraftlineError(
+            f"{missing[0]}: the plan that this machine makes of the recipe has no such step; it "
+            "has another version of graftline than the machine on which the run was started. "
+            "Update both and run again."
+        )
+    # Numbers are recorded by the run that waits for these steps.
+    place = Place(chosen.store, chosen.data.folder, chosen.execution.device)
+    for name in references:
+        TASKS[known[name].kind](known[name], place)

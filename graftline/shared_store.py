@@ -1,0 +1,370 @@
+"""Artifacts in an object store (`s3://bucket/prefix`), which machines share.
+
+Below `<url>/<kind>/<fingerprint>/` lie `parts/<sha256>`, one for each content, and `manifest.json`,
+written last and only where there is none. Parts are called after their content, so two writers of
+one fingerprint never disturb each other: whose manifest comes first, wins, and the other takes
+that artifact over. A reader sees an artifact once its manifest is there, copies its parts into
+a folder of this machine, and compares size and sha256 of each before the copy appears there.
+
+The copies are a `Store` of their own. Locks, checkpoints and temporary folders stay with them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from graftline import durable
+from graftline.errors import GraftlineError
+from graftline.manifest import (
+    MANIFEST,
+    CorruptArtifact,
+    parse_manifest,
+    read_manifest,
+    require_owner,
+    verify_folder,
+)
+from graftline.store import Artifact, Store
+
+CACHE_VARIABLE = "GRAFTLINE_STORE_CACHE"
+LIMIT_VARIABLE = "GRAFTLINE_STORE_CACHE_GB"
+_DEFAULT_CACHE = "~/.cache/graftline/stores"
+_DEFAULT_GIGABYTES = 100.0
+# Their writes appear whole or not at all, which a plain folder's do not.
+_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "memory")
+_KEPT_SECONDS = 3600.0
+_LARGE = ".safetensors"
+
+_log = logging.getLogger("graftline.store")
+
+
+class StoreUnreachable(GraftlineError, ConnectionError):
+    """The object store does not answer; trying again may help."""
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A manifest as the object store holds it.
+
+    Attributes:
+        text: its bytes.
+        files: file -> its entry of the manifest.
+        made: when it was sealed, in seconds since the epoch.
+    """
+
+    text: bytes
+    files: Mapping[str, Mapping[str, Any]]
+    made: float
+
+
+class SharedStore(Store):
+    """Artifacts in an object store, with verified copies on this machine.
+
+    The credentials and the server's address come from the environment alone (for S3:
+    `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`). Copies lie below
+    `GRAFTLINE_STORE_CACHE`; above `GRAFTLINE_STORE_CACHE_GB` (10**9 bytes) those that nobody
+    uses go, the longest unused first.
+
+    Args:
+        url: of the root of all artifacts.
+        verify: as of `Store`.
+
+    Raises:
+        GraftlineError: The URL cannot be a store, or holds credentials.
+    """
+
+    def __init__(self, url: str, verify: Literal["quick", "full"] = "full") -> None:
+        self.url = url.rstrip("/")
+        protocol, _, rest = self.url.partition("://")
+        if protocol not in _PROTOCOLS:
+            raise GraftlineError(
+                f"{url}: the artifact store cannot be there; name a local folder, or a URL of"
+                f" {', '.join(_PROTOCOLS)}."
+            )
+        if "@" in rest.partition("/")[0]:
+            raise GraftlineError(
+                f"{protocol}://...: the store's URL holds credentials; give them by the"
+                " environment, where no log and no recipe shows them."
+            )
+        name = re.sub(r"[^A-Za-z0-9]+", "-", rest)[:40].strip("-")
+        unique = hashlib.sha256(self.url.encode()).hexdigest()[:12]
+        cache = Path(os.environ.get(CACHE_VARIABLE) or _DEFAULT_CACHE).expanduser()
+        super().__init__(cache.absolute() / f"{protocol}-{name}-{unique}", verify)
+        self._copies = Store(self.root, verify)
+
+    @cached_property
+    def _objects(self) -> Any:
+        """The `fsspec` file system; it remembers no listings, for other machines write, too."""
+        import fsspec
+
+        try:
+            return fsspec.core.url_to_fs(self.url, use_listings_cache=False)[0]
+        except ImportError as error:
+            raise GraftlineError(
+                f"{self.url}: {error}. For s3:// install the extra: pip install 'graftline[s3]'"
+            ) from error
+
+    def location(self, kind: str, fingerprint: str) -> str:
+        """The URL below which an artifact's objects lie or would lie."""
+        self.folder(kind, fingerprint)
+        return f"{self.url}/{kind}/{fingerprint}"
+
+    def holds(self, kind: str, fingerprint: str) -> bool:
+        """Whether an artifact is published with all of its parts; nothing is copied.
+
+        Raises:
+            CorruptArtifact: If its manifest is damaged, or a part is missing or cut off.
+        """
+        return self._published(kind, fingerprint) is not None
+
+    def find(self, kind: str, fingerprint: str) -> Artifact | None:
+        """Return a published artifact's verified copy on this machine, or None if there is none.
+
+        As long as somebody keeps the `Artifact`, its copy stays.
+
+        Raises:
+            CorruptArtifact: If what is published does not match its manifest.
+            StoreUnreachable: If the object store does not answer.
+        """
+        published = self._published(kind, fingerprint)
+        if published is None:
+            return None
+        use = self._use(kind, fingerprint)
+        try:
+            if not self._is_here(kind, fingerprint, published):
+                with self.lock(kind, fingerprint):
+                    if not self._is_here(kind, fingerprint, published):
+                        self._fetch(kind, fingerprint, published)
+            artifact = Artifact(kind, fingerprint, self.folder(kind, fingerprint))
+        except BaseException:
+            os.close(use)
+            raise
+        weakref.finalize(artifact, os.close, use)
+        return artifact
+
+    def local(self, kind: str, fingerprint: str) -> Path:
+        """The folder of an artifact's copy, which is fetched if it is not here yet."""
+        found = self.find(kind, fingerprint)
+        return found.folder if found else self.folder(kind, fingerprint)
+
+    def notes(self, kind: str, fingerprint: str) -> Path:
+        """A folder with an artifact's small files (everything but tensors), verified."""
+        folder = self.folder(kind, fingerprint)
+        notes = self.root / ".notes" / f"{kind}-{fingerprint}"
+        if folder.exists() or notes.exists():
+            return folder if folder.exists() else notes
+        published = self._published(kind, fingerprint)
+        if published is not None:
+            small = [name for name in published.files if not name.endswith(_LARGE)]
+            with self.lock(kind, fingerprint):
+                if not notes.exists():
+                    self._copy(self.location(kind, fingerprint), published, small, notes)
+        return notes
+
+    def sweep(self) -> list[Path]:
+        """Remove what dead writers of this machine left, and copies above the limit."""
+        return super().sweep() + self._make_room()
+
+    def _build(
+        self, kind: str, fingerprint: str, step: dict[str, Any], build: Callable[[Path], None]
+    ) -> Artifact:
+        """Build a copy here, unless a whole one is (its writer died later), and publish that."""
+        try:
+            built = self._copies.find(kind, fingerprint)
+        except CorruptArtifact:
+            durable.discard(self.folder(kind, fingerprint))
+            built = None
+        if built is None:
+            self._copies._build(kind, fingerprint, step, build)
+        self._send(kind, fingerprint)
+        found = self.find(kind, fingerprint)
+        if found is None:
+            place = self.location(kind, fingerprint)
+            raise CorruptArtifact(place, "vanished while it was published", place)
+        self._make_room()
+        return found
+
+    def _send(self, kind: str, fingerprint: str) -> None:
+        """Upload the parts of a copy that are not there, then its manifest if there is none."""
+        folder, place = self.folder(kind, fingerprint), self.location(kind, fingerprint)
+        with self._reaching():
+            there = self._sizes(place)
+            for name, entry in read_manifest(folder)["files"].items():
+                part = f"parts/{entry['sha256']}"
+                if there.get(part) != entry["size"]:
+                    self._objects.put_file(os.fspath(folder / name), f"{place}/{part}")
+                    there[part] = entry["size"]
+            try:
+                text = (folder / MANIFEST).read_bytes()
+                self._objects.pipe_file(f"{place}/{MANIFEST}", text, mode="create")
+            except FileExistsError:
+                _log.info("%s: another machine published it first", place)
+
+    def _published(self, kind: str, fingerprint: str) -> _Published | None:
+        """Read and check a manifest and the sizes of its parts.
+
+        Raises:
+            CorruptArtifact: Names the first object that is damaged.
+        """
+        place = self.location(kind, fingerprint)
+        with self._reaching():
+            sizes = self._sizes(place)
+            if MANIFEST not in sizes:
+                return None
+            text = self._objects.cat_file(f"{place}/{MANIFEST}")
+        manifest = parse_manifest(text, f"{place}/{MANIFEST}", place)
+        require_owner(manifest, kind, fingerprint, f"{place}/{MANIFEST}", place)
+        for name, entry in manifest["files"].items():
+            part = f"parts/{entry['sha256']}"
+            if sizes.get(part) != entry["size"]:
+                found = f"has {sizes[part]} bytes" if part in sizes else "is missing"
+                wrong = f"{found}; it is {name}, of {entry['size']} bytes"
+                raise CorruptArtifact(f"{place}/{part}", wrong, place)
+        made = datetime.fromisoformat(manifest["created"]).timestamp()
+        return _Published(text, manifest["files"], made)
+
+    def _sizes(self, place: str) -> dict[str, int]:
+        """Every object below a place by its relative name, and its bytes."""
+        start = self._objects._strip_protocol(place).strip("/") + "/"
+        found = self._objects.find(place, detail=True)
+        return {
+            path.strip("/").removeprefix(start): int(entry["size"]) for path, entry in found.items()
+        }
+
+    def _is_here(self, kind: str, fingerprint: str, published: _Published) -> bool:
+        """Whether this very artifact's copy is here and whole; a damaged copy goes."""
+        folder = self.folder(kind, fingerprint)
+        try:
+            if (folder / MANIFEST).read_bytes() != published.text:
+                return False
+            verify_folder(folder, kind, fingerprint, full=self.verify == "full")
+        except CorruptArtifact as error:
+            _log.warning("%s: its copy on this machine is damaged: %s", folder, error)
+            return False
+        except OSError:
+            return False
+        return True
+
+    def _fetch(self, kind: str, fingerprint: str, published: _Published) -> None:
+        folder = self.folder(kind, fingerprint)
+        durable.discard(folder)
+        self._copy(self.location(kind, fingerprint), published, list(published.files), folder)
+        self._make_room()
+
+    def _copy(self, place: str, published: _Published, names: list[str], target: Path) -> None:
+        """Copy files of an artifact; they appear together, after each was compared."""
+        with durable.naming_disk_faults(self.root):
+            durable.make_folder(target.parent)
+            temporary = durable.temporary_sibling(target)
+            try:
+                os.mkdir(temporary)
+                for name in names:
+                    file, sha256 = temporary / name, published.files[name]["sha256"]
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    with self._reaching():
+                        self._objects.get_file(f"{place}/parts/{sha256}", os.fspath(file))
+                    if durable.file_sha256(file) != sha256:
+                        wrong = f"its content differs from its name (sha256); it is {name}"
+                        raise CorruptArtifact(f"{place}/parts/{sha256}", wrong, place)
+                    os.utime(file, (published.made, published.made))
+                (temporary / MANIFEST).write_bytes(published.text)
+                durable.publish_folder(temporary, target)
+            finally:
+                durable.remove(temporary)
+
+    def _use(self, kind: str, fingerprint: str) -> int:
+        """Say that a copy is in use, until the descriptor returned is closed."""
+        marks = self.root / ".used"
+        with durable.naming_disk_faults(self.root):
+            durable.make_folder(marks)
+            mark = marks / f"{kind}-{fingerprint}"
+            descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            os.utime(descriptor)
+        return descriptor
+
+    def _make_room(self) -> list[Path]:
+        """Remove the longest unused copies above the limit; return what is gone."""
+        limit = _limit_bytes()
+        gone: list[Path] = []
+        copies = [(mark.stat().st_mtime, mark) for mark in (self.root / ".used").glob("[!.]*-*")]
+        total = sum(_bytes_below(self._copy_of(mark)) for _, mark in copies)
+        for used, mark in sorted(copies):
+            if total <= limit:
+                break
+            folder = self._copy_of(mark)
+            if time.time() - used > _KEPT_SECONDS and folder.exists():
+                with _unused(mark) as free:
+                    if free:
+                        total -= _bytes_below(folder)
+                        durable.discard(folder)
+                        gone.append(folder)
+        return gone
+
+    def _copy_of(self, mark: Path) -> Path:
+        kind, _, fingerprint = mark.name.rpartition("-")
+        return self.folder(kind, fingerprint)
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Name the store where it cannot be reached or used."""
+        try:
+            with durable.naming_disk_faults(self.root):
+                yield
+        except (GraftlineError, FileExistsError):
+            raise
+        except PermissionError as error:
+            raise GraftlineError(
+                f"{self.url}: access is denied ({_short(error)}). Check the credentials in the"
+                " environment and their rights to list, read and write there."
+            ) from error
+        except FileNotFoundError as error:
+            raise GraftlineError(
+                f"{self.url}: {_short(error)} is not there. Make the bucket first; if it is there,"
+                " somebody deletes below it: run again."
+            ) from error
+        except Exception as error:  # `fsspec`'s file systems pass their clients' own errors on
+            raise StoreUnreachable(
+                f"{self.url}: does not answer as it should ({type(error).__name__}:"
+                f" {_short(error)}). Finished steps are kept; run again when it does."
+            ) from error
+
+
+@contextmanager
+def _unused(mark: Path) -> Iterator[bool]:
+    """Say whether nobody uses a copy; nobody starts to while the context lasts."""
+    with mark.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def _limit_bytes() -> float:
+    text = os.environ.get(LIMIT_VARIABLE) or str(_DEFAULT_GIGABYTES)
+    try:
+        return float(text) * 1e9
+    except ValueError as error:
+        raise GraftlineError(f"{LIMIT_VARIABLE}={text!r}: give a number of gigabytes") from error
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _short(error: BaseException) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -1,0 +1,156 @@
+"""Sending steps to workers: the run waits for them, and sends them again when a machine dies."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect import get_client, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import State, StateType
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed
+
+from graftline.errors import GraftlineError
+from graftline.plan import Step
+from graftline.recipe import Recipe
+from graftline.stores import is_shared
+from tasks.preflight import PreflightError
+from tasks.references import Place
+from tasks.steps import note_done
+
+DEPLOYMENT = "steps/steps"
+_ATTEMPTS = 4
+_POLL_SECONDS = 1.0
+_PENDING_SECONDS = 120.0
+_NEWS_SECONDS = 60.0
+
+_log = logging.getLogger(__name__)
+_sending = threading.Lock()
+
+
+def check_workers(recipe: Recipe) -> None:
+    """Whether steps can go out to workers, where the recipe says so.
+
+    Raises:
+        PreflightError: lists what is missing, and how to make it.
+    """
+    if recipe.execution.where == "here":
+        return
+    problems = []
+    if not is_shared(recipe.store) and not Path(recipe.store).is_absolute():
+        problems.append(
+            f"store: {recipe.store}: other machines do not see this folder; name an object store "
+            "(s3://bucket/prefix), or the absolute path of a folder that all machines share"
+        )
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_deployment_by_name(DEPLOYMENT)
+        except ObjectNotFound:
+            problems.append(
+                f"execution.where: workers: {client.api_url} knows no deployment {DEPLOYMENT}; set "
+                "PREFECT_API_URL to the server that the workers ask and run `graftline deploy` "
+                "once, or use --set execution.where=here"
+            )
+    if problems:
+        raise PreflightError("\n".join(problems))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Steps that travel together, parents before children."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def title(self) -> str:
+        """What people read."""
+        first, *others = (step.title for step in self.steps)
+        return " + ".join([first, *(title.rpartition(": ")[2] for title in others)])
+
+
+@task(
+    name="on-a-worker",
+    task_run_name="{chain.title}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def on_a_worker(
+    chain: Chain,
+    recipe: Mapping[str, Any],
+    data_files: Mapping[str, Mapping[str, str]],
+    place: Place,
+) -> None:
+    """Has steps carried out by whichever worker is free, and records them.
+
+    Raises:
+        GraftlineError: they fail there, or several machines died of them.
+    """
+    parameters = {
+        "recipe": recipe,
+        "data_files": data_files,
+        "references": [f"{step.kind}/{step.reference.fingerprint}" for step in chain.steps],
+    }
+    for _ in range(_ATTEMPTS):
+        with _sending:  # Prefect numbers what a run sends out, one at a time
+            run = run_deployment(
+                DEPLOYMENT, parameters=parameters, flow_run_name=chain.title, timeout=0
+            )
+        state = _final_state(run.id, chain.title)
+        if state.is_completed():
+            for step in chain.steps:
+                note_done(step, place)
+            return
+        if not state.is_crashed():
+            raise GraftlineError(f"{chain.title}: on a worker: {state.message or state.name}")
+        _log.warning("%s: its machine is gone (%s); sent again", chain.title, state.message)
+    raise GraftlineError(
+        f"{chain.title}: {_ATTEMPTS} workers ended in the middle of it; see their logs (memory?) "
+        "and run again. Finished steps are kept."
+    )
+
+
+def _final_state(flow_run_id: UUID, title: str) -> State[Any]:
+    """Waits for the end of a flow run, however long a worker or the server is away."""
+    pending_since: float | None = None
+    told = time.monotonic()
+    with get_client(sync_client=True) as client:
+        while True:
+            state = _state(client, flow_run_id)
+            now = time.monotonic()
+            if state is not None and state.is_final():
+                return state
+            kind = state.type if state is not None else None
+            pending_since = (pending_since or now) if kind == StateType.PENDING else None
+            if pending_since is not None and now - pending_since > _PENDING_SECONDS:
+                # Its worker took it and died before the run could tell that it lives.
+                _give_up(client, flow_run_id)
+            if kind == StateType.SCHEDULED and now - told > _NEWS_SECONDS:
+                told = now
+                _log.info("%s: waits for a worker; `graftline work` starts one", title)
+            time.sleep(_POLL_SECONDS)
+
+
+def _give_up(client: SyncPrefectClient, flow_run_id: UUID) -> None:
+    """Marks a run as crashed; where the server does not answer, the next look does."""
+    lost = Crashed(message="The worker that took it never started it.")
+    with suppress(httpx.HTTPError):
+        client.set_flow_run_state(flow_run_id, lost, force=True)
+
+
+def _state(client: SyncPrefectClient, flow_run_id: UUID) -> State[Any] | None:
+    """The state of a flow run; None while the server does not answer."""
+    try:
+        return client.read_flow_run(flow_run_id).state
+    except httpx.HTTPError:
+        return None

@@ -1,0 +1,177 @@
+"""One recipe on two workers: the same bits, whoever dies, and no secret where it can be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import PASSWORD, Lab, Machine, kill_group
+from tests.flows.conftest import TIMES
+from tests.object_store import BUCKET, KEYS
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
+
+SHARED = f"s3://{BUCKET}/artifacts"
+RECIPE = ["run", "params/tiny.yaml", "--set", "order=[image, audio]"]
+ON_WORKERS = ["--set", f"store={SHARED}", "--set", "execution.where=workers"]
+NOT_BITS = {"timing.json"}  # how long it took
+
+
+def metrics(machine: Machine, path: str) -> dict[str, Any]:
+    content = json.loads((machine.folder / "reports/tiny" / path / "metrics.json").read_text())
+    return {name: value for name, value in content.items() if name not in TIMES}
+
+
+def asked(lab: Lab, path: str, body: dict[str, Any] | None = None) -> Any:
+    """What Prefect's server says."""
+    request = urllib.request.Request(
+        f"{lab.environment['PREFECT_API_URL']}/{path}",
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return json.load(answer)
+
+
+def runs_in(lab: Lab, *states: str) -> list[dict[str, Any]]:
+    wanted = {"flow_runs": {"state": {"type": {"any_": list(states)}}}}
+    return list(asked(lab, "flow_runs/filter", wanted))
+
+
+def slots_taken(lab: Lab) -> int:
+    return int(asked(lab, "v2/concurrency_limits/gpu")["active_slots"])
+
+
+def bits(manifests: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Artifact -> file -> sha256, of what must be the same everywhere."""
+    return {
+        f"{each['kind']}/{each['fingerprint']}": {
+            name: entry["sha256"] for name, entry in each["files"].items() if name not in NOT_BITS
+        }
+        for each in manifests
+    }
+
+
+def published(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    import s3fs
+
+    for name, value in lab.environment.items():
+        monkeypatch.setenv(name, value)
+    files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    found = files.glob(f"{BUCKET}/artifacts/*/*/manifest.json")
+    return [json.loads(files.cat_file(path)) for path in found]
+
+
+def test_two_workers_make_the_same_bits_as_one_machine(
+    lab: Lab, alone: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laptop = lab.machine("laptop")
+    with lab.worker("one"), lab.worker("two"):
+        process = laptop.start(*RECIPE, *ON_WORKERS)
+        code, text = alone.run(*RECIPE)
+        assert code == 0, text
+        text, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, text
+    path = "mera/order-image-audio/seed-0"
+    assert metrics(laptop, path) == metrics(alone, path)
+    here = alone.folder.glob("artifacts/[!.]*/[!.]*/manifest.json")
+    expected = bits([json.loads(file.read_text()) for file in here])
+    assert bits(published(lab, monkeypatch)) == expected
+    done = runs_in(lab, "COMPLETED")
+    assert sum(run["name"].startswith("stage") for run in done) >= 6
+    for name in ("one", "two"):
+        assert list(lab.folder.glob(f"{name}-home/store/*/[!.]*/*/manifest.json")), name
+    assert slots_taken(lab) == 0
+    assert runs_in(lab, "RUNNING", "PENDING", "SCHEDULED") == []
+
+
+def test_the_work_of_a_machine_that_dies_goes_to_another(lab: Lab) -> None:
+    laptop = lab.machine("laptop")
+    with lab.worker("one") as one, lab.worker("two") as two:
+        process = laptop.start(
+            "run", "params/tiny.yaml", "--method", "finetune", "--seed", "1", *ON_WORKERS,
+            "--set", "order=[image]", "--set", "fine_tune.steps=150",
+        )  # fmt: skip
+        deadline = time.monotonic() + 200
+        busy = None
+        while busy is None:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "no worker starts the fine-tuning"
+            time.sleep(0.2)
+            busy = next((w for w in (one, two) if _trains(lab, w.pid)), None)
+        kill_group(busy)
+        text, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, text
+        assert "its machine is gone" in text
+        assert metrics(laptop, "finetune/order-image/seed-1")["scores"].keys() == {"image"}
+        deadline = time.monotonic() + 120
+        while slots_taken(lab):
+            assert time.monotonic() < deadline, "a dead worker keeps its slot"
+            time.sleep(1)
+        assert runs_in(lab, "RUNNING", "PENDING", "SCHEDULED") == []
+        assert len(runs_in(lab, "CRASHED")) == 1
+
+
+def _trains(lab: Lab, leader: int) -> bool:
+    """Whether a process of a worker's group has begun to leave checkpoints."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (
+                os.getpgid(int(entry.name)) == leader
+                and b"prefect.engine" in (entry / "cmdline").read_bytes()
+            ):
+                home = Path((entry / "cwd").resolve()).name
+                return bool(
+                    list(lab.folder.glob(f"{home}-home/store/*/.work/fine-tune-*/checkpoint-*"))
+                )
+        except OSError:
+            continue
+    return False
+
+
+def test_deploying_again_changes_nothing(lab: Lab) -> None:
+    def there() -> dict[str, Any]:
+        found = {each["name"]: each for each in asked(lab, "deployments/filter", {})}
+        pool = asked(lab, "work_pools/gpu")
+        automations = asked(lab, "automations/filter", {})
+        limit = asked(lab, "v2/concurrency_limits/gpu")
+        return {
+            "deployments": {name: (each["id"], each["parameters"]) for name, each in found.items()},
+            "others": [
+                pool["id"],
+                limit["id"],
+                limit["limit"],
+                [each["id"] for each in automations],
+            ],
+        }
+
+    before = there()
+    names = {"version-data", "experts", "continual", "compose", "compare", "steps"}
+    assert before["deployments"].keys() == names
+    [continual] = [d for d in asked(lab, "deployments/filter", {}) if d["name"] == "continual"]
+    form = continual["parameter_openapi_schema"]["properties"]
+    assert form["recipe_path"]["type"] == "string"
+    assert all(field["description"] for field in form.values())
+    assert [schedule["active"] for schedule in continual["schedules"]] == [False]
+    code, text = lab.machine("laptop").run("deploy")
+    assert code == 0, text
+    assert there() == before
+
+
+def test_no_secret_is_written_down(lab: Lab) -> None:
+    secrets = [PASSWORD, KEYS["AWS_SECRET_ACCESS_KEY"]]
+    texts = {name: lab.dump(name) for name in ("prefect", "mlflow")}
+    for log in lab.folder.glob("*.log"):
+        texts[log.name] = log.read_text(errors="replace")
+    for file in (lab.folder / "laptop").rglob("*"):
+        if file.is_file() and file.suffix in (".json", ".jsonl", ".csv", ".log", ".yaml", ".md"):
+            texts[str(file)] = file.read_text(errors="replace")
+    assert len(texts["mlflow"]) > 10_000
+    shown = [name for name, text in texts.items() for secret in secrets if secret in text]
+    assert shown == []

@@ -1,0 +1,68 @@
+"""What goes out to workers together, and what it waits for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flows.dispatch import HERE, sent_out
+from flows.slots import Job
+from graftline.recipe import load_recipe
+from graftline.run_plan import RunPlan, plan_run
+from tasks.references import DataVersion, Place
+from tasks.steps import TASKS, by_stage
+
+TINY = Path(__file__).resolve().parents[2] / "params/tiny.yaml"
+FILES = {
+    name: dict.fromkeys(("train", "validation", "test"), "0" * 32)
+    for name in ("image", "audio", "video", "point_cloud")
+}
+PLACE = Place("s3://lab/artifacts", "data", "cpu")
+DATA = DataVersion("data", "0" * 32, FILES, "data.dvc")
+
+
+def _jobs(method: str) -> tuple[RunPlan, list[Job]]:
+    plan = plan_run(load_recipe(TINY, {"method": method}), FILES)
+    jobs = [
+        Job(
+            step.reference,
+            TASKS[step.kind],
+            {"step": step, "place": PLACE},
+            tuple(step.parents.values()),
+        )
+        for _, steps in by_stage(plan)
+        for step in steps
+    ]
+    return plan, jobs
+
+
+def test_every_step_goes_once_after_what_it_needs():
+    for method in ("mera", "mmer", "ewc"):
+        plan, jobs = _jobs(method)
+        sent = sent_out(jobs, plan, PLACE, DATA)
+        seen, finished = set(), set()
+        for job in sent:
+            assert set(job.needs) <= {other.name for other in sent}
+            assert set(job.needs) <= finished, "a job stands behind what it needs"
+            finished.add(job.name)
+            if "chain" not in job.arguments:
+                seen.add(job.arguments["step"].reference)
+                assert (job.arguments["step"].kind, job.kind) in {(kind, "here") for kind in HERE}
+                continue
+            for step in job.arguments["chain"].steps:
+                assert step.kind not in HERE
+                assert set(step.parents.values()) <= seen
+                assert step.reference not in seen
+                seen.add(step.reference)
+        assert seen == {job.name for job in jobs}
+
+
+def test_an_expert_travels_in_one_go_and_realigning_side_by_side():
+    plan, jobs = _jobs("mera")
+    chains = [
+        [step.kind for step in job.arguments["chain"].steps]
+        for job in sent_out(jobs, plan, PLACE, DATA)
+        if "chain" in job.arguments
+    ]
+    assert chains.count(["align", "fine-tune", "evaluate"]) == 3  # the first is stage 1's model
+    assert ["align", "fine-tune"] in chains
+    assert sum(chain[0] == "realign" for chain in chains) == 2 + 3 + 4

@@ -1,0 +1,229 @@
+"""The store in an object store: whole or not there, whoever writes, whatever is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+
+from graftline.errors import GraftlineError
+from graftline.manifest import MANIFEST, CorruptArtifact
+from graftline.shared_store import (
+    CACHE_VARIABLE,
+    LIMIT_VARIABLE,
+    SharedStore,
+    StoreUnreachable,
+)
+from graftline.store import Artifact
+from graftline.stores import machine_folder, open_store
+from tests.object_store import BUCKET, KEYS, s3_server
+
+ROOT = Path(__file__).resolve().parents[2]
+STEP: dict[str, Any] = {"parameters": {"rate": 0.1}, "parents": {}, "code": "c0de"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def url(server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "machine"))
+    return f"s3://{BUCKET}/{tmp_path.name}"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Opens the store as another machine does: without this one's copies."""
+
+    def reopen(url: str, name: str = "other") -> SharedStore:
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / name))
+        store = open_store(url)
+        assert isinstance(store, SharedStore)
+        return store
+
+    return reopen
+
+
+def build(folder: Path) -> None:
+    save_file({"w": numpy.arange(600, dtype=numpy.float32)}, folder / "model.safetensors")
+    (folder / "scores").mkdir()
+    (folder / "scores" / "one.json").write_text('{"score": 1}')
+    (folder / "scores" / "same.json").write_text('{"score": 1}')
+
+
+def no_build(_: Path) -> None:
+    raise AssertionError("built although the artifact is there")
+
+
+def publish(store: Any, fingerprint: str = "f1", make: Any = build) -> Artifact:
+    return store.publish("merge", fingerprint, **STEP, build=make)
+
+
+def objects(store: SharedStore, fingerprint: str = "f1") -> dict[str, str]:
+    """Relative name -> full path of an artifact's objects."""
+    place = f"{store.url}/merge/{fingerprint}".removeprefix("s3://")
+    return {path.removeprefix(f"{place}/"): path for path in store._objects.find(place)}
+
+
+def test_round_trip(url: str, elsewhere: Any) -> None:
+    store = elsewhere(url, "first")
+    assert store.find("merge", "f1") is None
+    assert not store.holds("merge", "f1")
+    work = store.work_folder("merge", "f1")
+    published = publish(store)
+    assert not work.exists()
+    assert sorted(objects(store)) == [MANIFEST, *sorted(n for n in objects(store) if "/" in n)]
+    assert len(objects(store)) == 3, "two files of the same content are one part"
+    other = elsewhere(url)
+    assert other.holds("merge", "f1")
+    assert not other.folder("merge", "f1").exists(), "asking copies nothing"
+    notes = other.notes("merge", "f1")
+    assert (notes / "scores" / "one.json").read_text() == '{"score": 1}'
+    assert not (notes / "model.safetensors").exists()
+    found = publish(other, make=no_build)
+    assert found.folder != published.folder
+    assert found.manifest() == published.manifest()
+    for name in published.manifest()["files"]:
+        assert (found.folder / name).read_bytes() == (published.folder / name).read_bytes()
+    assert other.local("merge", "f1") == other.notes("merge", "f1") == found.folder
+    assert other.location("merge", "f1") == f"{url}/merge/f1"
+    assert machine_folder(url) == other.root
+    assert not list(other.root.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("part", ["flipped", "deleted", "cut off", "manifest", "manifest changed"])
+def test_damage_is_named_and_never_used(url: str, elsewhere: Any, part: str) -> None:
+    store = elsewhere(url, "first")
+    publish(store)
+    files, found = store._objects, objects(store)
+    manifest = json.loads(files.cat_file(found[MANIFEST]))
+    damaged = found[f"parts/{manifest['files']['model.safetensors']['sha256']}"]
+    content = files.cat_file(damaged)
+    if part == "deleted":
+        files.rm_file(damaged)
+    elif part == "flipped":
+        files.pipe_file(damaged, content[:-1] + bytes([content[-1] ^ 1]))
+    elif part == "cut off":
+        files.pipe_file(damaged, content[:-1])
+    elif part == "manifest":
+        damaged = found[MANIFEST]
+        files.pipe_file(damaged, files.cat_file(damaged)[:-9])
+    else:
+        damaged = found[MANIFEST]
+        files.pipe_file(damaged, files.cat_file(damaged).replace(b"0.1", b"0.2"))
+    other = elsewhere(url)
+    with pytest.raises(CorruptArtifact) as raised:
+        publish(other, make=no_build)
+    assert f"s3://{damaged}" in str(raised.value)
+    assert f"Delete the folder {url}/merge/f1" in str(raised.value)
+    assert not other.folder("merge", "f1").exists()
+    for path in found.values():
+        if files.exists(path):
+            files.rm_file(path)
+    assert publish(other).manifest()["files"] == manifest["files"], "rebuilt after what it says"
+
+
+def test_a_damaged_copy_is_fetched_again(url: str, elsewhere: Any) -> None:
+    store = elsewhere(url)
+    folder = publish(store).folder
+    (folder / "scores" / "one.json").write_text('{"score": 9}')
+    assert (elsewhere(url).find("merge", "f1").folder / "scores" / "one.json").read_text() == (
+        '{"score": 1}'
+    )
+
+
+def test_a_writer_killed_anywhere_leaves_all_or_nothing(
+    url: str, elsewhere: Any, tmp_path: Path
+) -> None:
+    boundaries = 6  # before and after two parts and the manifest
+    script = Path(__file__).with_name("killed_sender.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, str(script), url, str(tmp_path / "killed"), str(boundaries)],
+        env=environment,
+        check=True,
+    )
+    other = elsewhere(url)
+    seen = [other.holds("merge", f"f{number}") for number in range(1, boundaries + 1)]
+    assert seen == [False, False, False, False, False, True]
+    again = elsewhere(url, "killed/3")
+    built = again.publish("merge", "f3", parameters={}, parents={}, code="c", build=no_build)
+    assert (built.folder / "b.bin").read_bytes() == b"abc", "what was built is not built again"
+    assert sorted(f.name for f in other.find("merge", "f3").folder.iterdir() if f.is_file()) == [
+        "b.bin",
+        MANIFEST,
+    ]
+
+
+def test_two_machines_publish_the_same_at_once(url: str, elsewhere: Any) -> None:
+    stores = [elsewhere(url, name) for name in ("one", "two")]
+    barrier = threading.Barrier(2)
+    found: list[Artifact] = []
+
+    def work(number: int) -> None:
+        def make(folder: Path) -> None:
+            build(folder)
+            (folder / "timing.json").write_text(json.dumps({"seconds": number}))
+            barrier.wait()
+
+        found.append(publish(stores[number], make=make))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    one, two = (artifact.manifest() for artifact in found)
+    assert one == two, "the first manifest wins, and the other machine takes it over"
+    assert elsewhere(url).find("merge", "f1").manifest() == one
+
+
+def test_copies_above_the_limit_go_unless_they_are_used(
+    url: str, elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = elsewhere(url)
+    kept = publish(store, "f1")
+    folders = [publish(store, name).folder for name in ("f2", "f3")]
+    monkeypatch.setenv(LIMIT_VARIABLE, "0.000001")
+    assert store.sweep() == [], "just used"
+    for mark in (store.root / ".used").iterdir():
+        os.utime(mark, (1, 1))
+    assert sorted(store.sweep()) == sorted(folders), "the one that is held stays"
+    assert kept.folder.exists()
+    assert store.find("merge", "f2") is not None, "it is fetched when it is wanted"
+
+
+def test_trouble_is_named(
+    url: str, monkeypatch: pytest.MonkeyPatch, server: dict[str, str]
+) -> None:
+    with pytest.raises(GraftlineError, match="Make the bucket first"):
+        publish(open_store("s3://no-such-bucket/x"))
+    for wrong in ("file:///tmp/x", "http://host/x"):
+        with pytest.raises(GraftlineError, match="cannot be there"):
+            open_store(wrong)
+    with pytest.raises(GraftlineError, match="holds credentials") as raised:
+        open_store(f"s3://id:{KEYS['AWS_SECRET_ACCESS_KEY']}@{BUCKET}/x")
+    assert KEYS["AWS_SECRET_ACCESS_KEY"] not in str(raised.value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StoreUnreachable, match="run again") as unreachable:
+        open_store(url).find("merge", "f1")
+    assert KEYS["AWS_SECRET_ACCESS_KEY"] not in str(unreachable.value)
+    s3fs.S3FileSystem.clear_instance_cache()
