@@ -61,7 +61,7 @@ class ArrayEncoder:
                     f"features of width {values.shape[1]}; expected {self._width}, as the recipe "
                     "says or the first row has"
                 )
-            row = torch.from_numpy(np.asarray(values, np.float32))
+            row = torch.from_numpy(np.array(values, np.float32))
             found.append(pooled(row[None], self._pooled)[0] if self._pooled else row)
             self._tokens = self._tokens or len(values)
             if len(found[-1]) != self._tokens:
