@@ -39,6 +39,8 @@ from graftline.training import phases
 from graftline.work import Machine, Work, call_of, load, phase_settings
 
 TIMING = "timing.json"
+BATCH, OWN_BATCH = 64, 16
+"""Media that are decoded and encoded together; a user's own may be large."""
 
 
 def is_done(step: Step, store: Store) -> bool:
@@ -116,10 +118,13 @@ def _features(work: Work) -> None:
     encoder = for_any_length(load_encoder(parameters["encoder"]["name"], work.machine.torch_device))
     kind = parameters.get("media", modality)
     folder = _rows_folder(work, modality)
+    batch = OWN_BATCH if "rows" in work.parents else BATCH
     for split in SPLITS:
         rows = SplitRows(folder / f"{split}.parquet", (parameters["rows"] or {}).get(split))
         with track(f"{modality}: features of {split}", len(rows)) as advance:
-            compute_features(rows, kind, encoder, work.out / split, progress=partial(advance, ""))
+            compute_features(
+                rows, kind, encoder, work.out / split, batch=batch, progress=partial(advance, "")
+            )
         pq.write_table(pa.Table.from_pylist(rows.texts()), work.out / split / ROWS)
 
 

@@ -225,7 +225,7 @@ def _columns(table: str, names: tuple[str, ...], settings: SourceSettings, kind:
         RowError: one is missing; names the table.
     """
     try:
-        return columns_of(names, settings, kind)
+        return columns_of(names, settings.columns, kind)
     except RowError as error:
         raise RowError(f"{table}: {error}") from error
 

@@ -128,7 +128,7 @@ class FolderSource:
 
     def _columns(self, table: Path, names: tuple[str, ...]) -> Columns:
         try:
-            return columns_of(names, self._settings, FILE_NAME)
+            return columns_of(names, self._settings.columns, FILE_NAME)
         except RowError as error:
             raise RowError(f"{table}: {error}") from error
 
