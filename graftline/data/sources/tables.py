@@ -22,7 +22,7 @@ from graftline.data.sources.entries import (
     split_named,
 )
 from graftline.errors import GraftlineError
-from graftline.source_settings import SourceSettings, SplitPaths
+from graftline.source_settings import Paths, SourceSettings, SplitPaths
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 FILE_NAME = "file_name"
@@ -37,7 +37,11 @@ def files_of(paths: SplitPaths | None) -> list[tuple[str | None, Path]]:
     Raises:
         GraftlineError: there is no such file or folder.
     """
-    splits = paths if isinstance(paths, Mapping) else {None: paths or ()}
+    splits: dict[str | None, Paths] = {}
+    if isinstance(paths, dict):
+        splits.update(paths)
+    else:
+        splits[None] = paths or ()
     found: list[tuple[str | None, Path]] = []
     for split, listed in splits.items():
         for text in (listed,) if isinstance(listed, str) else listed or ():
@@ -242,7 +246,8 @@ class ConversationSource:
         self, place: str, values: Mapping[str, Any], split: str | None, medium: MediaFiles
     ) -> Entry:
         problems: list[str] = []
-        found, texts = None, ()
+        found: Medium | None = None
+        texts: tuple[Text, ...] = ()
         named = values[self._key]
         if isinstance(named, list) and len(named) == 1:
             named = named[0]
@@ -250,7 +255,7 @@ class ConversationSource:
             found = medium(named)
         except GraftlineError as error:
             problems.append(str(error))
-        group = None
+        group: str | None = None
         try:
             texts = self._texts(values.get("conversations"))
             if split is None and self._settings.columns.split:
