@@ -37,26 +37,25 @@ def files_of(paths: SplitPaths | None) -> list[tuple[str | None, Path]]:
     Raises:
         GraftlineError: there is no such file or folder.
     """
-    splits: dict[str | None, Paths] = {}
-    if isinstance(paths, dict):
-        splits.update(paths)
-    else:
-        splits[None] = paths or ()
     found: list[tuple[str | None, Path]] = []
-    for split, listed in splits.items():
-        for text in (listed,) if isinstance(listed, str) else listed or ():
-            given = Path(text)
-            many = "*" in text
-            paths_here = sorted(Path(given.anchor or ".").glob(_relative(given))) if many else []
-            paths_here = paths_here if many else [given]
-            if not paths_here or not paths_here[0].exists():
-                raise GraftlineError(f"{text}: there is no such file or folder")
-            found += [(split, path) for path in paths_here]
+    if isinstance(paths, dict):
+        for split, listed in paths.items():
+            found += [(split, path) for path in _expanded(listed)]
+    else:
+        found += [(None, path) for path in _expanded(paths or ())]
     return found
 
 
-def _relative(pattern: Path) -> str:
-    return str(pattern.relative_to(pattern.anchor)) if pattern.anchor else str(pattern)
+def _expanded(paths: Paths) -> list[Path]:
+    found = []
+    for text in (paths,) if isinstance(paths, str) else paths:
+        given = Path(text)
+        pattern = str(given.relative_to(given.anchor)) if given.anchor else text
+        matched = sorted(Path(given.anchor or ".").glob(pattern)) if "*" in text else [given]
+        if not matched or not matched[0].exists():
+            raise GraftlineError(f"{text}: there is no such file or folder")
+        found += matched
+    return found
 
 
 class MediaFiles:
