@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,6 @@ def compute_array_features(
     Raises:
         GraftlineError: names file and row.
     """
-    import json
-
     out_folder.mkdir(parents=True, exist_ok=True)
     path, total, ids = out_folder / FEATURES_FILE, len(rows), []
     with path.open("wb") as stream:
