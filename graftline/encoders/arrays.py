@@ -42,6 +42,10 @@ class ArrayEncoder:
         """Width of a token; 0 before the first row was seen, if the recipe does not say."""
         return self._width or 0
 
+    def expect(self, tokens: int, width: int) -> None:
+        """Says what every row must become, before one was seen: what a connector was made for."""
+        self._tokens, self._width = tokens, width
+
     def encode(self, media: Sequence[np.ndarray]) -> torch.Tensor:
         """Checks arrays and stacks them.
 
@@ -60,7 +64,7 @@ class ArrayEncoder:
             if values.shape[1] != self._width:
                 raise GraftlineError(
                     f"features of width {values.shape[1]}; expected {self._width}, as the recipe "
-                    "says or the first row has"
+                    "says or the first row that it learned from has"
                 )
             row = torch.from_numpy(np.array(values, np.float32))
             found.append(pooled(row[None], self._pooled)[0] if self._pooled else row)
