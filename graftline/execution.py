@@ -50,6 +50,8 @@ from graftline.training.resampling import align_resampler
 from graftline.work import Machine, Work, call_of, load, phase_settings
 
 TIMING = "timing.json"
+BATCH, OWN_BATCH = 64, 16
+"""Media that are decoded and encoded together; a user's own may be large."""
 
 
 def is_done(step: Step, store: Store) -> bool:
@@ -130,10 +132,13 @@ def _features(work: Work) -> None:
     kind = parameters.get("media", modality)
     compute = compute_array_features if kind == FEATURES else compute_features
     folder = _rows_folder(work, modality)
+    batch = OWN_BATCH if "rows" in work.parents else BATCH
     for split in SPLITS:
         rows = SplitRows(folder / f"{split}.parquet", (parameters["rows"] or {}).get(split))
         with track(f"{modality}: features of {split}", len(rows)) as advance:
-            compute(rows, kind, encoder, work.out / split, progress=partial(advance, ""))
+            compute(
+                rows, kind, encoder, work.out / split, batch=batch, progress=partial(advance, "")
+            )
         pq.write_table(pa.Table.from_pylist(rows.texts()), work.out / split / ROWS)
 
 

@@ -12,10 +12,11 @@ from graftline.asking.conversation import Shown, Turn, encode_conversation
 from graftline.asking.media import Medium, named_error, read_medium
 from graftline.asking.parts import Parts, load_parts
 from graftline.encoders import open_encoder
+from graftline.encoders.arrays import ArrayEncoder
 from graftline.errors import GraftlineError
 from graftline.evaluation.answering import answer_batches
 from graftline.model.encoders import Encoder
-from graftline.model.loading import LoadedModel
+from graftline.model.loading import LoadedModel, read_record
 from graftline.model.multimodal import collate
 from graftline.model.prompts import EncodedPrompt
 from graftline.model.routing.router import ATTRIBUTE, TEXT
@@ -132,7 +133,11 @@ class Asker:
     def _encoder(self, modality: str) -> Encoder:
         if modality not in self._encoders:
             place = device_named(self._device)
-            self._encoders[modality] = open_encoder(self.parts.encoders[modality], place)
+            encoder = open_encoder(self.parts.encoders[modality], place)
+            if isinstance(encoder, ArrayEncoder):
+                shape = read_record(self.parts.connectors[modality], modality).shape
+                encoder.expect(int(shape["encoder_tokens"]), int(shape["encoder_width"]))
+            self._encoders[modality] = encoder
         return self._encoders[modality]
 
     @property

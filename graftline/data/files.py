@@ -36,8 +36,12 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, most: int | None = None) -> None:
     """Refuse what is no regular file with bytes in it.
+
+    Args:
+        path: the file.
+        most: bytes that it may have; any number if left out.
 
     Raises:
         MediaError: says what is there instead.
@@ -52,17 +56,17 @@ def check_file(path: Path) -> None:
         raise MediaError("is no regular file")
     if status.st_size == 0:
         raise MediaError("is empty (0 bytes)")
-    if status.st_size > MAX_FILE_BYTES:
-        raise MediaError(f"has {status.st_size} bytes; at most {MAX_FILE_BYTES} are read")
+    if most is not None and status.st_size > most:
+        raise MediaError(f"has {status.st_size} bytes; at most {most} are read")
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file that `check_file` lets pass.
+    """The bytes of a file of at most `MAX_FILE_BYTES`.
 
     Raises:
-        MediaError: there is no such file, or it cannot be read.
+        MediaError: there is no such file, or it is empty, too large or cannot be read.
     """
-    check_file(path)
+    check_file(path, MAX_FILE_BYTES)
     try:
         return path.read_bytes()
     except OSError as error:

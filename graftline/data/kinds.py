@@ -22,7 +22,10 @@ SMALLEST = {
 }
 """Least length of each axis of a decoded medium."""
 _DTYPES = ("float16", "float32")
-_VERSIONS = {(1, 0), (2, 0)}
+_HEADERS: dict[tuple[int, int], Any] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def decode_media(media: bytes, kind: str) -> NDArray[Any]:
@@ -59,15 +62,7 @@ def decode_features(media: bytes) -> NDArray[Any]:
     """
     stream = io.BytesIO(media)
     try:
-        version = np.lib.format.read_magic(stream)
-        if version not in _VERSIONS:
-            raise MediaError(f"an npy file of version {version}; 1.0 and 2.0 are read")
-        read = np.lib.format.read_array_header_1_0
-        shape, by_columns, dtype = (
-            read(stream) if version == (1, 0) else np.lib.format.read_array_header_2_0(stream)
-        )
-    except MediaError:
-        raise
+        shape, by_columns, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
     except Exception as error:
         raise MediaError(f"not a readable npy file ({len(media)} bytes): {error}") from error
     if dtype.name not in _DTYPES or len(shape) != 2 or 0 in shape:

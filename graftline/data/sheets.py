@@ -96,6 +96,7 @@ def contact_sheet(path: Path, modality: str, kind: str, examples: Sequence[Examp
 
 def _draw(figure: Figure, cell: Any, kind: str, example: Example) -> None:
     values = decode_media(example.media, kind)
+    axes: Any
     if kind == "point_cloud":
         axes = figure.add_subplot(cell, projection="3d")
         _points(axes, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ class ArrayEncoder:
         """Width of a token; 0 before the first row was seen, if the recipe does not say."""
         return self._width or 0
 
+    def expect(self, tokens: int, width: int) -> None:
+        """Says what every row must become, before one was seen: what a connector was made for."""
+        self._tokens, self._width = tokens, width
+
     def encode(self, media: Sequence[np.ndarray]) -> torch.Tensor:
         """Checks arrays and stacks them.
 
@@ -59,9 +64,9 @@ class ArrayEncoder:
             if values.shape[1] != self._width:
                 raise GraftlineError(
                     f"features of width {values.shape[1]}; expected {self._width}, as the recipe "
-                    "says or the first row has"
+                    "says or the first row that it learned from has"
                 )
-            row = torch.from_numpy(np.asarray(values, np.float32))
+            row = torch.from_numpy(np.array(values, np.float32))
             found.append(pooled(row[None], self._pooled)[0] if self._pooled else row)
             self._tokens = self._tokens or len(values)
             if len(found[-1]) != self._tokens:
@@ -102,8 +107,6 @@ def compute_array_features(
     Raises:
         GraftlineError: names file and row.
     """
-    import json
-
     out_folder.mkdir(parents=True, exist_ok=True)
     path, total, ids = out_folder / FEATURES_FILE, len(rows), []
     with path.open("wb") as stream:

@@ -23,13 +23,13 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     """A fresh folder with photographs and hums, as a user has them."""
-    photos = make_folder(tmp_path / "my/photos", count=12)
+    photos = make_folder(tmp_path / "my/photos", count=30)
     write_csv(tmp_path / "my/photos/metadata.csv", photos)
-    hums = make_folder(tmp_path / "my/hums", "audio", count=12, answers=("low", "high"))
+    hums = make_folder(tmp_path / "my/hums", "audio", count=30, answers=("low", "high"))
     rates = ((44_100, 2), (8_000, 1), (16_000, 1))
     for number, row in enumerate(hums):
         rate, channels = rates[number % 3]
-        seconds = 0.4 + 0.2 * number
+        seconds = 0.4 + 0.1 * number
         content = sound(220.0 * (1 + number % 2), rate, channels, seconds=seconds)
         (tmp_path / "my/hums" / row["file_name"]).write_bytes(content)
     return Project(tmp_path)
@@ -49,7 +49,7 @@ def test_two_folders_become_a_model_that_answers(project: Project) -> None:
     assert code == 0, text
     code, text = project.run(*check)
     assert code == 0, text
-    assert "photo" in text and "10" in text
+    assert "photo" in text and "24" in text
     for name in ("photo", "hum"):
         sheet = project.folder / "reports/mine/data" / f"{name}.png"
         with Image.open(sheet) as picture_:

@@ -62,3 +62,17 @@ def test_what_does_not_fit_is_named():
         assert words in str(error.value)
     with pytest.raises(RecipeError, match="order"):
         draft("mine", "mera", [], SMOLLM2)
+
+
+def test_modalities_of_one_s_own_come_with_their_folders(tmp_path):
+    wanted = ["xray:image", "hum:audio"]
+    text = draft("mine", "mera", wanted, SMOLLM2, sources={"xray": "my/scans"})
+    recipe = _loaded(tmp_path, text)
+    assert recipe.order == ("xray", "hum")
+    assert [recipe.kind_of(name) for name in recipe.order] == ["image", "audio"]
+    assert recipe.modality("xray").data.folder == "my/scans"
+    assert recipe.modality("hum").data is None
+    with pytest.raises(RecipeError, match="scan not known.*name:kind"):
+        draft("mine", "mera", ["xray:scan"], SMOLLM2)
+    with pytest.raises(RecipeError, match="other not known"):
+        draft("mine", "mera", wanted, SMOLLM2, sources={"other": "x"})

@@ -52,7 +52,7 @@ def test_the_class_of_the_page_encodes(tmp_path, monkeypatch):
     slow, fast = (np.sin(2 * np.pi * rate * times * [1, 1, 1]) for rate in (2.0, 40.0))
     features = encoder.encode([slow.astype(np.float32), fast.astype(np.float32)])
     assert features.shape == (2, 4, 24)
-    bands = features[:, 0].unflatten(0, (8, 3))[..., 0].argmax(1)
+    bands = features[:, 0].unflatten(1, (8, 3))[..., 0].argmax(1)
     assert bands[0] < bands[1]  # a faster swing lies in a higher band
 
 

@@ -87,3 +87,36 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:
     recipe: Recipe = load_recipe(PARAMS / "tiny.yaml")
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 1
+
+
+def test_modalities_have_names_of_their_own(recipe_with) -> None:
+    own = {"xray": {"encoder": "efficientnet-lite0", "media": "image"}}
+    recipe = load_recipe(recipe_with(order=["xray"], modalities=own))
+    assert recipe.kind_of("xray") == "image"
+    assert load_recipe(PARAMS / "tiny.yaml").kind_of("point_cloud") == "point_cloud"
+    bad = {
+        "xray": {"encoder": "efficientnet-lite0"},
+        "joint": {"encoder": "efficientnet-lite0", "media": "image"},
+    }
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_with(order=["xrai"], modalities=bad))
+    for words in (
+        "modalities.xray does not say what its rows hold", "modalities.joint: reports call",
+        "order names xrai", "did you mean 'xray'",
+    ):  # fmt: skip
+        assert words in str(caught.value)
+    for name in ("X-Ray", "1st", "a b", "../x", ""):
+        with pytest.raises(RecipeError, match="modalities"):
+            load_recipe(recipe_with(order=[name], modalities={name: own["xray"]}))
+
+
+def test_a_source_is_checked_with_the_recipe(recipe_with) -> None:
+    def load(**data: object) -> Recipe:
+        own = {"image": {"encoder": "efficientnet-lite0", "data": data}}
+        return load_recipe(recipe_with(order=["image"], modalities=own))
+
+    assert load(folder="photos").modality("image").data.folder == "photos"
+    with pytest.raises(RecipeError, match=r"data.foldr: unknown key; did you mean 'folder'"):
+        load(foldr="photos")
+    with pytest.raises(RecipeError, match="hub needs a revision"):
+        load(hub="lab/photos")

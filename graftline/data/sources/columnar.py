@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from graftline.data.files import FileHashes
 from graftline.data.kinds import FEATURES, encode_features
-from graftline.data.rows import SPLITS, MediaError
+from graftline.data.rows import MediaError
 from graftline.data.sources.entries import (
     Columns,
     Entry,
@@ -22,6 +22,7 @@ from graftline.data.sources.entries import (
     RowError,
     columns_of,
     entry_of,
+    split_named,
 )
 from graftline.data.sources.tables import MediaFiles, files_of
 from graftline.errors import GraftlineError
@@ -152,7 +153,12 @@ class HubSource:
             medium, names = Held(None, self._kind), tuple(rows.column_names)
             columns = _columns(table, names, self._settings, self._kind)
             batches = rows.select_columns(columns.names).with_format("arrow").iter(batch_size=_ROWS)
-            known = split if split in SPLITS else None
+            try:
+                known = split_named(split)
+            except RowError as error:
+                raise GraftlineError(
+                    f"{table}: {error}; take it as parquet files, with a path a split"
+                ) from error
             yield from _entries(table, columns, batches, self._settings, known, medium)
 
     def _splits(self) -> dict[str, Any]:
@@ -169,8 +175,7 @@ class HubSource:
                 f"({type(error).__name__}: {error}). Check name, config, revision and connection; "
                 "a gated one needs `hf auth login`."
             ) from error
-        usual = {"val": "validation", "valid": "validation", "dev": "validation"}
-        return {usual.get(str(name), str(name)): rows for name, rows in found.items()}
+        return {str(name): rows for name, rows in found.items()}
 
 
 @contextmanager
@@ -225,7 +230,7 @@ def _columns(table: str, names: tuple[str, ...], settings: SourceSettings, kind:
         RowError: one is missing; names the table.
     """
     try:
-        return columns_of(names, settings, kind)
+        return columns_of(names, settings.columns, kind)
     except RowError as error:
         raise RowError(f"{table}: {error}") from error
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from graftline.errors import GraftlineError
-from graftline.source_settings import SourceSettings
+from graftline.source_settings import ColumnSettings, SourceSettings
 
 _SPLITS = {
     "train": "train", "training": "train", "restval": "train",
@@ -87,19 +87,18 @@ class Columns:
 
 
 @lru_cache(maxsize=256)
-def columns_of(available: tuple[str, ...], settings: SourceSettings, media: str) -> Columns:
+def columns_of(available: tuple[str, ...], given: ColumnSettings, media: str) -> Columns:
     """Finds the columns that a recipe names, or that are called as usual.
 
     Args:
         available: the table's columns.
-        settings: of the source.
+        given: the names that the recipe says.
         media: what the column of media is called if the recipe does not say.
 
     Raises:
         RowError: a column is missing; says which there are.
     """
-    given = settings.columns
-    problems = []
+    problems: list[str] = []
 
     def one(name: str | None, usual: str | None = None) -> str | None:
         if name is None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from graftline.data.rows import SPLITS
 from graftline.data.sources.entries import Entry
@@ -96,7 +98,7 @@ def _union(answers: pd.Series) -> list[str]:
     return list(dict.fromkeys(text for listed in answers for text in listed))
 
 
-def _units(texts: pd.DataFrame) -> np.ndarray:
+def _units(texts: pd.DataFrame) -> NDArray[Any]:
     """A number for what must stay together: texts of one medium or one group, chains included."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -108,11 +110,13 @@ def _units(texts: pd.DataFrame) -> np.ndarray:
     edges = (media[linked], len(names) + groups[linked])
     graph = coo_array((np.ones(int(linked.sum()), np.int8), edges), shape=(count, count))
     _, component = connected_components(graph, directed=False)
-    found: np.ndarray = component[media]
+    found: NDArray[Any] = component[media]
     return found
 
 
-def _draw(units: Sequence[int], splits: Sequence[str], fractions: FractionSettings) -> dict:
+def _draw(
+    units: Sequence[int], splits: Sequence[str], fractions: FractionSettings
+) -> dict[int, str]:
     """Unit -> held-out split, for the splits that no row names."""
     if not splits:
         return {}
@@ -123,7 +127,8 @@ def _draw(units: Sequence[int], splits: Sequence[str], fractions: FractionSettin
         )
     generator = np.random.Generator(np.random.PCG64([fractions.seed, len(units)]))
     order = [units[place] for place in generator.permutation(len(units))]
-    found, start = {}, 0
+    found: dict[int, str] = {}
+    start = 0
     for split in splits:
         wanted = max(1, round(getattr(fractions, split) * len(units)))
         stop = min(start + wanted, len(units) - 1 - (len(splits) - 1 - splits.index(split)))

@@ -22,7 +22,7 @@ from graftline.data.sources.entries import (
     split_named,
 )
 from graftline.errors import GraftlineError
-from graftline.source_settings import SourceSettings, SplitPaths
+from graftline.source_settings import Paths, SourceSettings, SplitPaths
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 FILE_NAME = "file_name"
@@ -37,22 +37,25 @@ def files_of(paths: SplitPaths | None) -> list[tuple[str | None, Path]]:
     Raises:
         GraftlineError: there is no such file or folder.
     """
-    splits = paths if isinstance(paths, Mapping) else {None: paths or ()}
     found: list[tuple[str | None, Path]] = []
-    for split, listed in splits.items():
-        for text in (listed,) if isinstance(listed, str) else listed or ():
-            given = Path(text)
-            many = "*" in text
-            paths_here = sorted(Path(given.anchor or ".").glob(_relative(given))) if many else []
-            paths_here = paths_here if many else [given]
-            if not paths_here or not paths_here[0].exists():
-                raise GraftlineError(f"{text}: there is no such file or folder")
-            found += [(split, path) for path in paths_here]
+    if isinstance(paths, dict):
+        for split, listed in paths.items():
+            found += [(split, path) for path in _expanded(listed)]
+    else:
+        found += [(None, path) for path in _expanded(paths or ())]
     return found
 
 
-def _relative(pattern: Path) -> str:
-    return str(pattern.relative_to(pattern.anchor)) if pattern.anchor else str(pattern)
+def _expanded(paths: Paths) -> list[Path]:
+    found = []
+    for text in (paths,) if isinstance(paths, str) else paths:
+        given = Path(text)
+        pattern = str(given.relative_to(given.anchor)) if given.anchor else text
+        matched = sorted(Path(given.anchor or ".").glob(pattern)) if "*" in text else [given]
+        if not matched or not matched[0].exists():
+            raise GraftlineError(f"{text}: there is no such file or folder")
+        found += matched
+    return found
 
 
 class MediaFiles:
@@ -128,7 +131,7 @@ class FolderSource:
 
     def _columns(self, table: Path, names: tuple[str, ...]) -> Columns:
         try:
-            return columns_of(names, self._settings, FILE_NAME)
+            return columns_of(names, self._settings.columns, FILE_NAME)
         except RowError as error:
             raise RowError(f"{table}: {error}") from error
 
@@ -242,7 +245,8 @@ class ConversationSource:
         self, place: str, values: Mapping[str, Any], split: str | None, medium: MediaFiles
     ) -> Entry:
         problems: list[str] = []
-        found, texts = None, ()
+        found: Medium | None = None
+        texts: tuple[Text, ...] = ()
         named = values[self._key]
         if isinstance(named, list) and len(named) == 1:
             named = named[0]
@@ -250,7 +254,7 @@ class ConversationSource:
             found = medium(named)
         except GraftlineError as error:
             problems.append(str(error))
-        group = None
+        group: str | None = None
         try:
             texts = self._texts(values.get("conversations"))
             if split is None and self._settings.columns.split:

@@ -86,12 +86,13 @@ def test_a_bad_medium_is_named_by_file_and_row(
     rows = make_folder(folder, kind, count=8)
     name = rows[LATE]["file_name"]
     (folder / name).write_bytes(content)
-    found, written = import_into(tmp_path / "out", kind, folder=str(folder))
+    settings = {"folder": str(folder), "fractions": {"validation": 0.25, "test": 0.25}}
+    found, written = import_into(tmp_path / "out", kind, **settings)
     [problem] = found.problems
     assert problem.startswith(f"{folder / 'metadata.csv'}, line 6: {name}: ")
     assert words in problem
     assert sum(map(len, written.values())) == 7
-    again, _ = import_into(tmp_path / "skip", kind, folder=str(folder), bad_rows="skip")
+    again, _ = import_into(tmp_path / "skip", kind, bad_rows="skip", **settings)
     assert again.problems == ()
     assert again.warnings == (f"left out: {problem}",)
 

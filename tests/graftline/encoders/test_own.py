@@ -191,3 +191,13 @@ def test_encoders_and_rows_must_fit():
     assert "write media: features" in str(encoder_problem("features", "audio"))
     assert encoder_problem("basis-point-set", "point_cloud") is None
     assert "did you mean" in str(encoder_problem("basis-point-sets", "point_cloud"))
+
+
+def test_a_question_about_an_odd_array_spoils_no_later_one():
+    encoder = _features()
+    encoder.expect(3, 4)  # as the connector was made
+    with pytest.raises(GraftlineError, match="features of width 6; expected 4"):
+        encoder.encode(_arrays(1, width=6))
+    with pytest.raises(GraftlineError, match="2 tokens; expected 3"):
+        encoder.encode(_arrays(1, tokens=2))
+    assert encoder.encode(_arrays(1)).shape == (1, 3, 4)

@@ -18,7 +18,7 @@ from graftline.recipe import LoraSettings, PhaseSettings
 from graftline.training import phases
 from graftline.training.resampling import align_resampler
 
-SETTINGS = PhaseSettings(steps=12, batch_size=8, learning_rate=3e-3)
+SETTINGS = PhaseSettings(steps=4, batch_size=48, learning_rate=3e-3)
 KINDS = {
     "linear": ConnectorSettings(kind="linear", tokens=2),
     "resampler": ConnectorSettings(kind="resampler", tokens=2, hidden=16, layers=2, heads=4),
@@ -92,7 +92,7 @@ def test_a_resampler_reads_every_token_in_its_place():
     connector.reset(features, 1)
     given = connector(features)
     assert given.shape == (10, 3, 16)
-    assert float(given.square().mean().sqrt()) == pytest.approx(0.1, rel=1e-3)
+    assert float(given.detach().square().mean().sqrt()) == pytest.approx(0.1, rel=1e-3)
     assert not torch.allclose(given[:, 0], given[:, 1])  # queries ask different things
     assert not torch.allclose(given, connector(features.flip(1)))  # places count
     given.square().sum().backward()
