@@ -136,3 +136,40 @@ def fresh(copy: Project) -> Project:
     for name in ("artifacts", "reports"):
         shutil.rmtree(copy.folder / name)
     return copy
+
+
+@pytest.fixture(scope="session")
+def used(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished working copy, with media of test rows as files beside it."""
+    from tests.flows.used import MODALITIES, medium, rows_of
+
+    folder = tmp_path_factory.mktemp("used") / "project"
+    shutil.copytree(finished.folder, folder)
+    (folder / "media").mkdir()
+    for modality in MODALITIES:
+        for number, row in enumerate(rows_of(folder, modality)):
+            (folder / medium(modality, number)).write_bytes(row["media"])
+    return folder
+
+
+@pytest.fixture
+def in_used(used: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs in that copy."""
+    monkeypatch.chdir(used)
+    # MLflow keeps a client a URI: a relative one would be another test's
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{used}/mlruns/mlflow.db")
+
+
+@pytest.fixture(scope="session")
+def exported(used: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of exports: of one backbone, of masked weights, of whole experts, of adapters."""
+    from flows import using
+    from tests.flows.used import EXPORTED, QUIET, RECIPE, computed
+
+    out = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(used)
+        for name, overrides in EXPORTED.items():
+            computed(overrides)
+            using.export(RECIPE, overrides, None, out / name, QUIET)
+    return out

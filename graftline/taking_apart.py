@@ -1,0 +1,283 @@
+"""A finished multimodal model of `transformers`, taken apart: backbone, encoder, connector.
+
+Models in LLaVA's layout (Liu et al., arXiv 2304.08485) keep an encoder, a projector and an LLM in
+one folder. Apart, the LLM is a plain backbone that `graftline merge` reads, the encoder a plain
+encoder, and the connector a few matrices. What was taken apart is put together again from the new
+folder, by the few lines of `Recombined` alone, and must say the same as the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from graftline import durable
+from graftline.errors import GraftlineError
+from graftline.manifest import FORMAT, fingerprint_of, seal
+from graftline.model.building import BUILDING
+
+PARTS, CONNECTOR = "parts.json", "connector.safetensors"
+TOLERANCE = 1e-4
+"""Largest difference of logits, as a share of the largest logit: other kernels round otherwise."""
+_TOWERS = {"llava": "vision_tower", "qwen2_audio": "audio_tower", "voxtral": "audio_tower"}
+"""Model type -> the name of its encoder."""
+_PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+_OWN = ("config.json", "generation_config.json", "README.md", "manifest.json")
+
+
+@dataclass(frozen=True)
+class Joint:
+    """How encoder, connector and backbone go together.
+
+    Attributes:
+        model_type: of the whole, in `transformers`.
+        modality: image or audio.
+        token_id: the token in whose places the medium's embeddings stand.
+        layers: hidden states of the encoder that the connector sees together; none: its output.
+        skip: encoder tokens left out at the front of each layer (the class token).
+        group: encoder tokens that become one.
+        activation: between the connector's two layers, by `transformers`' name; None: one layer.
+    """
+
+    model_type: str
+    modality: str
+    token_id: int
+    layers: tuple[int, ...] = ()
+    skip: int = 0
+    group: int = 1
+    activation: str | None = None
+
+
+class Recombined:
+    """A model that was taken apart, put together from its three parts.
+
+    Args:
+        folder: what `take_apart` made.
+        dtype: of all weights.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        with BUILDING:
+            from transformers import AutoModel, AutoModelForCausalLM
+
+            content = json.loads((folder / PARTS).read_text(encoding="utf-8"))
+            self.joint = Joint(**{**content["joint"], "layers": tuple(content["joint"]["layers"])})
+            causal: Any = AutoModelForCausalLM
+            encoder: Any = AutoModel
+            given = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
+            self.backbone = causal.from_pretrained(folder / "backbone", **given).eval()
+            self.encoder = encoder.from_pretrained(folder / "encoder", **given).eval()
+        weights = load_file(folder / "connector" / CONNECTOR)
+        self.connector = {name: value.to(dtype) for name, value in weights.items()}
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Tensor, media: Tensor) -> Tensor:
+        """What the model would say next, at every place.
+
+        Args:
+            token_ids: int64 (batch, length); `joint.token_id` where a medium's embeddings stand.
+            media: what the encoder takes, (media, ...), in reading order.
+
+        Returns:
+            (batch, length, vocabulary).
+
+        Raises:
+            GraftlineError: the media do not fill their places exactly.
+        """
+        vectors = self.connect(self.features(media))
+        embeddings = self.backbone.get_input_embeddings()(token_ids)
+        places = token_ids == self.joint.token_id
+        if int(places.sum()) != len(vectors):
+            raise GraftlineError(f"{int(places.sum())} places for {len(vectors)} embeddings")
+        filled = embeddings.masked_scatter(places.unsqueeze(-1), vectors.to(embeddings.dtype))
+        found: Tensor = self.backbone(inputs_embeds=filled, use_cache=False).logits
+        return found
+
+    def features(self, media: Tensor) -> Tensor:
+        """What the encoder says of media: (media, tokens, width)."""
+        if not self.joint.layers:
+            output: Tensor = self.encoder(media).last_hidden_state
+            return output
+        states = self.encoder(media, output_hidden_states=True).hidden_states
+        return torch.cat([states[layer][:, self.joint.skip :] for layer in self.joint.layers], -1)
+
+    def connect(self, features: Tensor) -> Tensor:
+        """Features (media, tokens, width) as input embeddings (all tokens, embedding width)."""
+        from transformers.activations import ACT2FN
+
+        grouped = features.reshape(-1, features.shape[-1] * self.joint.group)
+        if self.joint.activation is None:
+            return self._linear("linear", grouped)
+        act: Any = ACT2FN[self.joint.activation]
+        return self._linear("linear_2", act(self._linear("linear_1", grouped)))
+
+    def _linear(self, name: str, values: Tensor) -> Tensor:
+        weight, bias = self.connector[f"{name}.weight"], self.connector.get(f"{name}.bias")
+        return nn.functional.linear(values, weight, bias)
+
+
+def take_apart(folder: Path, out: Path) -> float:
+    """Writes a model's backbone, encoder and connector into folders of their own.
+
+    `out` gets `backbone/` (a causal LM with the tokenizer), `encoder/` (with what prepares its
+    media), `connector/`, `parts.json` and `manifest.json`. It appears whole or not at all, and only
+    if the parts together give the whole's logits.
+
+    Args:
+        folder: a `transformers` folder of type llava, qwen2_audio or voxtral.
+        out: folder to make.
+
+    Returns:
+        The largest difference between the two models' logits on drawn inputs.
+
+    Raises:
+        GraftlineError: the folder cannot be read or is of another type, `out` is there, or the
+            parts say something else than the whole.
+    """
+    if os.path.lexists(out):
+        raise GraftlineError(f"{out}: is there already; choose another --out, or remove it")
+    joint, model = _opened(folder)
+    durable.make_folder(out.absolute().parent)
+    temporary = durable.temporary_sibling(out.absolute())
+    try:
+        with durable.naming_disk_faults(temporary.parent):
+            temporary.mkdir()
+            _write_parts(model, joint, folder, temporary)
+            difference = _compare(model, Recombined(temporary), folder)
+            content = {"joint": asdict(joint), "from": folder.name, "difference": difference}
+            (temporary / PARTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            fingerprint = fingerprint_of("parts", parameters=content, parents={}, code="")
+            step = {"format": FORMAT, "kind": "parts", "fingerprint": fingerprint}
+            seal(temporary, {**step, "parameters": content, "parents": {}, "code": ""})
+            durable.rename_new(temporary, out.absolute())
+    finally:
+        durable.remove(temporary)
+    return difference
+
+
+def _opened(folder: Path) -> tuple[Joint, Any]:
+    """How a folder's parts go together, and the whole model in float32."""
+    with BUILDING:
+        import transformers
+
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise GraftlineError(f"{folder}: not a readable `transformers` folder ({error})") from error
+    if config.model_type not in _TOWERS:
+        raise GraftlineError(
+            f"{folder}: is of type {config.model_type!r}; {', '.join(_TOWERS)} can be taken apart"
+        )
+    auto: Any = getattr(transformers, config.architectures[0])
+    try:
+        with BUILDING:
+            model, found = auto.from_pretrained(
+                str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:
+        raise GraftlineError(f"{folder}: its weights cannot be read ({error})") from error
+    wrong = {key: sorted(names) for key, names in found.items() if names}
+    if wrong:
+        raise GraftlineError(f"{folder}: its weights do not belong to config.json: {wrong}")
+    return _joint(config), model.eval()
+
+
+def _joint(config: Any) -> Joint:
+    if config.model_type == "llava":
+        layer = config.vision_feature_layer
+        return Joint(
+            "llava",
+            "image",
+            config.image_token_id,
+            layers=tuple(layer) if isinstance(layer, list) else (layer,),
+            skip=1 if config.vision_feature_select_strategy == "default" else 0,
+            activation=config.projector_hidden_act,
+        )
+    if config.model_type == "voxtral":
+        width = config.audio_config.hidden_size
+        return Joint(
+            "voxtral",
+            "audio",
+            config.audio_token_id,
+            group=config.audio_config.intermediate_size // width,
+            activation=config.projector_hidden_act,
+        )
+    return Joint("qwen2_audio", "audio", config.audio_token_id)
+
+
+def _write_parts(model: Any, joint: Joint, folder: Path, out: Path) -> None:
+    with BUILDING:
+        from transformers import AutoModelForCausalLM
+
+        causal: Any = AutoModelForCausalLM
+        backbone = causal.from_config(model.config.text_config)
+    state = {f"model.{k}": v for k, v in model.model.language_model.state_dict().items()}
+    state["lm_head.weight"] = model.lm_head.weight
+    backbone.load_state_dict(state, strict=True)
+    backbone.save_pretrained(out / "backbone")
+    getattr(model.model, _TOWERS[joint.model_type]).save_pretrained(out / "encoder")
+    (out / "connector").mkdir()
+    weights = model.model.multi_modal_projector.state_dict()
+    save_file({k: v.contiguous() for k, v in weights.items()}, out / "connector" / CONNECTOR)
+    (out / PARTS).write_text(json.dumps({"joint": asdict(joint)}), encoding="utf-8")
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _OWN:
+            place = "encoder" if file.name in _PREPROCESSING else "backbone"
+            shutil.copyfile(file, out / place / file.name)
+
+
+def _compare(model: Any, parts: Recombined, folder: Path) -> float:
+    """The largest difference of the two models' logits on two prompts with a drawn medium each."""
+    token_ids, media = drawn_inputs(model.config, parts)
+    named: dict[str, Tensor] = {"pixel_values": media}
+    if parts.joint.modality == "audio":
+        named = {"input_features": media}
+    if parts.joint.model_type == "qwen2_audio":
+        named["feature_attention_mask"] = torch.ones(len(media), media.shape[-1], dtype=torch.long)
+    with torch.inference_mode():
+        whole = model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), **named)
+    found = parts.logits(token_ids, media)
+    difference = float((found - whole.logits).abs().max())
+    if not difference <= TOLERANCE * float(whole.logits.abs().max()):
+        raise GraftlineError(
+            f"{folder}: its parts together do not say what the whole says (logits differ by "
+            f"{difference:.3g}); this version of Graftline does not know this layout"
+        )
+    return difference
+
+
+def drawn_inputs(config: Any, parts: Recombined) -> tuple[Tensor, Tensor]:
+    """Two prompts of one length with a medium each, drawn from a fixed seed.
+
+    Args:
+        config: of the whole model.
+        parts: tells how many places a medium fills.
+
+    Returns:
+        Token ids (2, length), and media as the encoder takes them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if parts.joint.modality == "image":
+        side = config.vision_config.image_size
+        shape: tuple[int, ...] = (2, config.vision_config.num_channels, side, side)
+    else:
+        audio = config.audio_config
+        shape = (2, audio.num_mel_bins, 2 * audio.max_source_positions)
+    media = torch.randn(shape, generator=generator)
+    with torch.inference_mode():
+        places = len(parts.connect(parts.features(media))) // len(media)
+    words = torch.randint(0, config.text_config.vocab_size, (2, 8), generator=generator)
+    words[words == parts.joint.token_id] = (
+        parts.joint.token_id + 1
+    ) % config.text_config.vocab_size
+    slots = torch.full((2, places), parts.joint.token_id)
+    return torch.cat([words[:, :4], slots, words[:, 4:]], 1), media

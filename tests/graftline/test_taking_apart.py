@@ -1,0 +1,144 @@
+"""Pico models of `transformers`, taken apart and put together again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2AudioConfig,
+    Qwen2AudioEncoderConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2Config,
+    VoxtralConfig,
+    VoxtralEncoderConfig,
+    VoxtralForConditionalGeneration,
+)
+
+from graftline.errors import GraftlineError
+from graftline.model.backbone import load_backbone, make_tiny
+from graftline.taking_apart import PARTS, Recombined, drawn_inputs, take_apart
+
+TEXT = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+AUDIO = {
+    "num_mel_bins": 8, "max_source_positions": 8, "encoder_layers": 1, "d_model": 16,
+    "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+}  # fmt: skip
+
+
+def _llava(**changes):
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=299, **changes
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def _voxtral():
+    audio = VoxtralEncoderConfig(
+        num_mel_bins=8, max_source_positions=8, num_hidden_layers=1, hidden_size=16,
+        num_attention_heads=2, intermediate_size=64,
+    )  # fmt: skip
+    text = LlamaConfig(**TEXT, head_dim=8)
+    return VoxtralForConditionalGeneration(
+        VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=299)
+    )
+
+
+def _qwen2_audio():
+    text = Qwen2Config(**TEXT)
+    audio = Qwen2AudioEncoderConfig(**AUDIO)
+    return Qwen2AudioForConditionalGeneration(
+        Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=299)
+    )
+
+
+MODELS = {
+    "llava": _llava,
+    "llava, two layers, class token": lambda: _llava(
+        vision_feature_layer=[-3, -1], vision_feature_select_strategy="full"
+    ),
+    "llava, tied": lambda: _llava(tie_word_embeddings=True),
+    "voxtral": _voxtral,
+    "qwen2-audio": _qwen2_audio,
+}
+
+
+def _saved(name, folder):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():  # initial weights are so small that a mistake would hardly show
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    make_tiny(folder.parent / "tokenizer", seed=0)
+    for file in (folder.parent / "tokenizer").glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "preprocessor_config.json").write_text("{}")
+    return model
+
+
+def _named(parts, media):
+    if parts.joint.modality == "image":
+        return {"pixel_values": media}
+    named = {"input_features": media}
+    if parts.joint.model_type == "qwen2_audio":
+        named["feature_attention_mask"] = torch.ones(len(media), media.shape[-1], dtype=torch.long)
+    return named
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_parts_say_what_the_whole_says(name, tmp_path):
+    model = _saved(name, tmp_path / "whole")
+    take_apart(tmp_path / "whole", tmp_path / "parts")
+    parts = Recombined(tmp_path / "parts")
+    token_ids, media = drawn_inputs(model.config, parts)
+    media = media.flip(0) * 0.5  # not what was compared while it was taken apart
+    with torch.inference_mode():
+        mask = torch.ones_like(token_ids)
+        whole = model(input_ids=token_ids, attention_mask=mask, **_named(parts, media)).logits
+    found = parts.logits(token_ids, media)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    assert (parts.logits(token_ids, -media) - whole).abs().max() > 1e-2
+    backbone, tokenizer = load_backbone(tmp_path / "parts/backbone", torch.float32)
+    expected = model.get_input_embeddings().weight
+    assert backbone.get_input_embeddings().weight.equal(expected)
+    assert tokenizer.decode([5])
+    assert (tmp_path / "parts/encoder/preprocessor_config.json").is_file()
+    with pytest.raises(GraftlineError, match="is there already"):
+        take_apart(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_parts_that_say_something_else_are_not_written(tmp_path, monkeypatch):
+    _saved("llava", tmp_path / "whole")
+    right = Recombined.features
+    monkeypatch.setattr(Recombined, "features", lambda self, media: right(self, media).flip(1))
+    with pytest.raises(GraftlineError, match="logits differ by"):
+        take_apart(tmp_path / "whole", tmp_path / "parts")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "tokenizer"}
+
+
+def test_other_folders_are_refused(tmp_path):
+    make_tiny(tmp_path / "llama", seed=0)
+    with pytest.raises(GraftlineError, match="type 'llama'; llava, qwen2_audio, voxtral"):
+        take_apart(tmp_path / "llama", tmp_path / "parts")
+    with pytest.raises(GraftlineError, match="not a readable `transformers` folder"):
+        take_apart(tmp_path / "absent", tmp_path / "parts")
+    _saved("llava", tmp_path / "whole")
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 3
+    (tmp_path / "whole/config.json").write_text(json.dumps(config))
+    with pytest.raises(GraftlineError, match="do not belong to config.json"):
+        take_apart(tmp_path / "whole", tmp_path / "parts")
+    assert not (tmp_path / "parts" / PARTS).exists()
