@@ -193,12 +193,12 @@ def test_lines_that_are_no_rows_are_named(tmp_path: Path) -> None:
     assert found.problems == (f"{table}, line 10: has 4 fields, the header 3",)
     lines = folder / "metadata.jsonl"
     good = [f'{{"file_name": "{n:03d}.png", "caption": "x{n}"}}' for n in range(8)]
-    bad = ["{", '["no object"]', '{"file_name": 3, "caption": "\\ud800"}']
+    bad = ["{", '["no object"]', '{"file_name": 3, "caption": "\\ud800"}', '{"caption": "x"}']
     lines.write_text("\n".join([*good, *bad]))
     table.unlink()
     found, _ = import_into(tmp_path / "again", folder=str(folder))
     places = [problem.partition(": ")[0] for problem in found.problems]
-    assert places == [f"{lines}, line {number}" for number in (9, 10, 11, 11)]
+    assert places == [f"{lines}, line {number}" for number in (9, 10, 11, 11, 12)]
 
 
 @pytest.mark.parametrize(
