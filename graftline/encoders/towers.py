@@ -122,7 +122,8 @@ class TransformersTower:
                 f"{self.name}: its hidden states have {hidden.ndim} axes; expected (batch, "
                 "positions, width). Convolutional encoders are used with source: python"
             )
-        chosen = self._chosen(hidden).unflatten(0, (len(media), parts)).flatten(1, 2)
+        chosen = self._chosen(hidden)
+        chosen = chosen.reshape(len(media), parts * chosen.shape[1], chosen.shape[2])
         tokens = self._settings.tokens
         return (pooled(chosen, tokens) if tokens else chosen).float().cpu()
 
@@ -276,7 +277,7 @@ def _load_processor(folder: Path, media: str, code: bool, called: str) -> Any:
     with BUILDING:
         import transformers
 
-        options = {"local_files_only": True, "trust_remote_code": code}
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": code}
         if media == "audio":
             loader: Any = transformers.AutoFeatureExtractor
         else:
