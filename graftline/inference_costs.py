@@ -55,8 +55,7 @@ def encoder_shape(
     if isinstance(encoder, str):
         return known.get(encoder)
     if isinstance(encoder, FeatureRows):
-        given = encoder.tokens, encoder.width
-        return (given[0], given[1]) if given[0] and given[1] else None
+        return (encoder.tokens, encoder.width) if encoder.tokens and encoder.width else None
     if encoder.expected is None:
         return None
     tokens = encoder.expected.positions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from graftline.manifest import canonical_json
 from graftline.model.encoders import Encoder, encoder_identity, load_encoder
 from graftline.model.pretrained import check_trust, folder_of, identity, pin_problem
 from graftline.model_settings import (
+    ENCODER_PARTS,
     FeatureRows,
     OwnEncoder,
     Pretrained,
@@ -43,7 +44,7 @@ def describe_encoder(encoder: str | OwnEncoder, media: str) -> dict[str, Any]:
         GraftlineError: there is no such encoder, folder or class.
     """
     if encoder == FEATURES:
-        encoder = FeatureRows(source=FEATURES)
+        encoder = FeatureRows(source="features")
     if isinstance(encoder, str):
         return encoder_identity(encoder)
     settings = encoder.model_dump(mode="json", exclude={SIZE})
@@ -107,10 +108,8 @@ def same_here(recorded: Mapping[str, Any]) -> str:
     """
     if "settings" not in recorded:
         return encoder_identity(recorded["name"])["sha256"]
-    sources = {
-        "transformers": TransformersEncoder, "features": FeatureRows, "python": PythonEncoder,
-    }  # fmt: skip
-    settings = sources[recorded["settings"]["source"]](**recorded["settings"])
+    part = ENCODER_PARTS[f"[{recorded['settings']['source']}]"]
+    settings = cast(OwnEncoder, part(**recorded["settings"]))
     return str(describe_encoder(settings, recorded["media"])["sha256"])
 
 

@@ -79,7 +79,10 @@ class ArrayEncoder:
 
 def pooled(features: torch.Tensor, tokens: int) -> torch.Tensor:
     """Averages neighbouring positions: (batch, positions, width) to (batch, tokens, width)."""
-    return torch.nn.functional.adaptive_avg_pool1d(features.transpose(1, 2), tokens).transpose(1, 2)
+    averaged: torch.Tensor = torch.nn.functional.adaptive_avg_pool1d(
+        features.transpose(1, 2), tokens
+    )
+    return averaged.transpose(1, 2)
 
 
 def compute_array_features(
@@ -108,7 +111,8 @@ def compute_array_features(
         GraftlineError: names file and row.
     """
     out_folder.mkdir(parents=True, exist_ok=True)
-    path, total, ids = out_folder / FEATURES_FILE, len(rows), []
+    path, total = out_folder / FEATURES_FILE, len(rows)
+    ids: list[str] = []
     with path.open("wb") as stream:
         for start in range(0, total, batch):
             part = rows[start : start + batch]
