@@ -129,6 +129,10 @@ class Planner:
         """theta_0, as a folder that `transformers` loads."""
         return self._add("backbone", {"source": self.recipe.backbone.source}, {}, "base LLM", 0)
 
+    def bundle(self, digest: str) -> Reference:
+        """An exported model that was taken into the store, backbone and connectors."""
+        return self._add("bundle", {"digest": digest}, {}, "exported model", 0)
+
     def features(self, modality: str) -> Reference:
         """What the frozen encoder says of every row, and the rows' text."""
         encoder = self.recipe.modality(modality).encoder

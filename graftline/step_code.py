@@ -38,6 +38,7 @@ GUARDED_CODE = (
 )
 ANSWERING_CODE = (*MODEL_CODE, "evaluation/answering.py", "evaluation/scoring.py")
 CODE: dict[str, tuple[str, ...]] = {
+    "bundle": (),  # a copy: depends on its content alone
     "backbone": ("model/backbone.py",),
     "features": (
         "data/rows.py",
