@@ -16,6 +16,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from graftline.asking.parts import parts_of_plan
 from graftline.costs import Costs, busy_seconds, costs_of
 from graftline.evaluation.pictures import score_matrix, scores_over_stages
 from graftline.evaluation.report import (
@@ -208,7 +209,9 @@ def _log_model(
     tags |= {"method": recipe.method, "seed": str(recipe.seed), "stage": str(stage)}
     folder = store.folder(model.backbone.kind, model.backbone.fingerprint).absolute()
     name = f"{recipe.name}-{recipe.method}-stage-{stage}".replace(".", "-")
-    return tracking.log_model(place.tracked, child, name, folder, tags, numbers, stage)
+    last = stage == plan.stages[-1].index
+    parts = parts_of_plan(plan, store) if last else None
+    return tracking.log_model(place.tracked, child, name, folder, tags, numbers, stage, parts)
 
 
 def _draw(folder: Path, run: RunScores) -> None:

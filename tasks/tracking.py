@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
+from graftline.asking.parts import Parts
 from graftline.errors import GraftlineError
 from graftline.plan import Step
 from graftline.recipe import Recipe
@@ -223,23 +225,47 @@ def log_model(
     tags: Mapping[str, str],
     numbers: Mapping[str, float],
     stage: int,
+    parts: Parts | None = None,
 ) -> str:
     """Records a checkpoint as a model that lies in the artifact store; no weights are copied.
+
+    Args:
+        tracked: the parent run.
+        run_id: the stage's run.
+        name: of the model.
+        folder: where its backbone lies.
+        tags: of the model.
+        numbers: its scores.
+        stage: their step.
+        parts: where all of it lies, if it is to be loaded and served by MLflow.
 
     Returns:
         The model's id in MLflow.
     """
     client = _client(tracked.uri)
-    model = mlflow.create_external_model(
+    make = mlflow.create_external_model if parts is None else mlflow.initialize_logged_model
+    model = make(
         name=name,
         source_run_id=run_id,
         tags={**tags, "artifact_path": str(folder)},
         experiment_id=tracked.experiment_id,
         model_type="multimodal",
     )
+    model_id = str(model.model_id)
+    if parts is not None:
+        from mlflow.models import Model
+
+        from tasks.serving import write_served  # takes seconds to import, and only here
+
+        notes = {**tags, "run_id": tracked.run_id, "stage_run_id": run_id}
+        with tempfile.TemporaryDirectory() as temporary:
+            written = Path(temporary) / "model"
+            write_served(parts, written, Model(run_id=run_id, model_id=model_id), notes)
+            client.log_model_artifacts(model_id, str(written))
+        client.finalize_logged_model(model_id, "READY")
     for key, value in numbers.items():
-        client.log_metric(run_id, key, value, step=stage, model_id=model.model_id)
-    return str(model.model_id)
+        client.log_metric(run_id, key, value, step=stage, model_id=model_id)
+    return model_id
 
 
 def register(name: str, model_id: str, run_id: str, alias: str, tags: Mapping[str, str]) -> str:
