@@ -15,8 +15,11 @@ prepare()
 import typer  # noqa: E402
 
 from flows import cli_data, cli_lab, cli_plan, cli_use  # noqa: E402
+from flows.cli_add import add  # noqa: E402
+from flows.cli_app import app as page  # noqa: E402
 from flows.cli_compare import compare  # noqa: E402
 from flows.cli_drift import drift  # noqa: E402
+from flows.cli_parts import take_apart  # noqa: E402
 from flows.options import (  # noqa: E402
     Method,
     RecipePath,
@@ -42,6 +45,9 @@ app = typer.Typer(
 )
 app.command()(compare)
 app.command()(drift)
+app.command()(add)
+app.command()(take_apart)
+app.command("app")(page)
 data_app = typer.Typer(help="A recipe's own data, and the starter's.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 cli_data.register(data_app)
@@ -177,7 +183,9 @@ def ui(
 def merge(
     rule: Annotated[str, typer.Option(help="average, task-arithmetic, ties, mmer, emr ...")],
     base: Annotated[Path, typer.Option(help="Checkpoint folder that the experts started from.")],
-    expert: Annotated[list[Path], typer.Option(help="Checkpoint folder; give one or more.")],
+    expert: Annotated[
+        list[Path], typer.Option(help="Checkpoint or PEFT LoRA folder; give one or more.")
+    ],
     folder: Annotated[Path, typer.Option("--out", help="Folder to make.")],
     settings: Annotated[
         list[str] | None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -20,7 +21,7 @@ from tasks.dispatch import check_workers
 from tasks.interruption import closed_when_stopped
 from tasks.outputs import model_alias, report_folder, run_name, usual_order
 from tasks.preflight import check_disk, check_folders
-from tasks.records import recorded_run
+from tasks.records import RunRecord, recorded_run
 from tasks.references import DataVersion, Place
 from tasks.report import record_stage, register_model, write_run_report
 from tasks.stale import close_dead_runs, close_lost_runs, close_own_run
@@ -60,29 +61,55 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
         recorded_run(recipe.store) as record,
         closed_when_stopped(lambda: close_own_run(record)),
     ):
-        flow_id = str(flow_run.id)
-        record.note(prefect_flow_run=flow_id)
+        record.note(prefect_flow_run=str(flow_run.id))
         data = versioned(recipe)
         plan = plan_run(recipe, data.files)
-        check_disk(plan, open_store(recipe.store))
-        tags = {"prefect_flow_run_id": flow_id, "prefect_url": str(flow_run.ui_url)}
-        name = run_name(recipe, usual)
-        with tracked_run(recipe, name, plan.fingerprint, data, tags) as tracked:
-            record.note(mlflow_uri=tracked.uri, mlflow_run=tracked.run_id)
-            place = Place(
-                recipe.store,
-                recipe.data.folder,
-                recipe.execution.device,
-                recipe.execution.slots,
-                tracked,
-            )
-            computed = unfinished(plan, open_store(recipe.store))
-            model_id = carry_out_stages(plan, place, data)
-            seconds = time.monotonic() - started
-            write_run_report(plan, place, data, folder, seconds, computed)
+
+        def finish(place: Place, model_id: str | None) -> None:
             register_model(plan, place, data, model_id, model_alias(recipe, usual))
-            tag_run(tracked, {"report": str(folder)})
+
+        carry_out_run(plan, data, folder, run_name(recipe, usual), record, started, finish)
     return str(folder)
+
+
+def carry_out_run(
+    plan: RunPlan,
+    data: DataVersion,
+    folder: Path,
+    name: str,
+    record: RunRecord,
+    started: float,
+    finish: Callable[[Place, str | None], None],
+) -> None:
+    """Carries a plan out under a run of its own in MLflow, and writes its report.
+
+    Args:
+        plan: the run.
+        data: the data's version.
+        folder: where the report goes.
+        name: of the run in MLflow.
+        record: of this process's run.
+        started: when it began, by `time.monotonic`.
+        finish: what is done last, with the id in MLflow of the last stage's model.
+    """
+    recipe = plan.recipe
+    check_disk(plan, open_store(recipe.store))
+    tags = {"prefect_flow_run_id": str(flow_run.id), "prefect_url": str(flow_run.ui_url)}
+    with tracked_run(recipe, name, plan.fingerprint, data, tags) as tracked:
+        record.note(mlflow_uri=tracked.uri, mlflow_run=tracked.run_id)
+        place = Place(
+            recipe.store,
+            recipe.data.folder,
+            recipe.execution.device,
+            recipe.execution.slots,
+            tracked,
+        )
+        computed = unfinished(plan, open_store(recipe.store))
+        model_id = carry_out_stages(plan, place, data)
+        seconds = time.monotonic() - started
+        write_run_report(plan, place, data, folder, seconds, computed)
+        finish(place, model_id)
+        tag_run(tracked, {"report": str(folder)})
 
 
 def carry_out_stages(plan: RunPlan, place: Place, data: DataVersion) -> str | None:

@@ -65,6 +65,29 @@ def run_comparison(path: str, arguments: Mapping[str, Any], console: Console) ->
             return str(compare(path, **arguments))
 
 
+def run_addition(
+    path: str, model: str, out: str, overrides: Mapping[str, Any], console: Console
+) -> str:
+    """Runs the flow `add` once and returns the report's folder.
+
+    Args:
+        path: the recipe's file.
+        model: the exported model.
+        out: folder to make, for the new one.
+        overrides: dotted key -> value that wins over the file.
+        console: for progress bars.
+
+    Raises:
+        GraftlineError: a stage cannot be added; finished steps are kept.
+    """
+    with _serving(console):
+        from flows.adding import add
+        from graftline.progress import shown
+
+        with shown(console):
+            return str(add(path, model, out, dict(overrides)))
+
+
 @contextmanager
 def _serving(console: Console) -> Iterator[None]:
     """A server while the context lasts; the flows are imported while it starts."""

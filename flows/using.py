@@ -15,7 +15,7 @@ from graftline.asking.media import Medium
 from graftline.asking.table import answer_table, read_questions
 from graftline.errors import GraftlineError
 from graftline.progress import shown
-from tasks.models import card_of, described, find_finished, find_parts
+from tasks.models import card_of, described, find_finished, find_parts, measured_by
 
 
 def open_model(
@@ -100,5 +100,8 @@ def export(
     refuse_existing(out)
     found = find_finished(model, overrides, stage)
     with shown(console):
-        write_bundle(found.parts, described(found), card_of(found), out)
+        measured = measured_by(found)
+        description = described(found, measured)
+        cells = measured.cells if measured is not None else ()
+        write_bundle(found.parts, description, card_of(description, measured), out, cells)
     return found.parts.name

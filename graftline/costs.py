@@ -28,6 +28,7 @@ from graftline.weight_files import Entry, read_header
 Activity = Literal["training", "evaluation", "merging", "preparation"]
 _ACTIVITIES: dict[str, Activity] = {
     "backbone": "preparation",
+    "bundle": "preparation",
     "features": "preparation",
     "rows": "preparation",
     "evaluate": "evaluation",

@@ -315,7 +315,15 @@ def _perplexity(work: Work) -> None:
     (work.out / "perplexity.json").write_text(json.dumps(value), encoding="utf-8")
 
 
+def _bundle(work: Work) -> None:
+    raise GraftlineError(
+        f"{work.step.label} {work.step.parameters['digest'][:12]} is not in the store any more; "
+        "run `graftline add` again."
+    )
+
+
 RUNNERS: dict[str, Callable[[Work], None]] = {
+    "bundle": _bundle,
     "backbone": _backbone,
     "rows": _rows,
     "features": _features,

@@ -137,6 +137,10 @@ class Planner:
         parameters = {"files": dict(self.data_files[modality])}
         return self._add("rows", parameters, {}, f"{modality}: rows", 0)
 
+    def bundle(self, digest: str) -> Reference:
+        """An exported model that was taken into the store, backbone and connectors."""
+        return self._add("bundle", {"digest": digest}, {}, "exported model", 0)
+
     def features(self, modality: str) -> Reference:
         """What the frozen encoder says of every row, and the rows' text."""
         encoder = self.recipe.modality(modality).encoder

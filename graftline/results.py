@@ -37,7 +37,7 @@ def collect(
         GraftlineError: a score is not in the store yet.
     """
     tables: dict[Reference, dict[str, list[float]]] = {}
-    cells = []
+    cells = list(plan.recorded)
     for planned in plan.scores:
         if planned.reference not in tables:
             tables[planned.reference] = _by_task(_found(store, planned.reference))

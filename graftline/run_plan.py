@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
 
-from graftline.evaluation.report import JOINT
+from graftline.evaluation.report import JOINT, ScoreCell
 from graftline.evaluation.scoring import JOINT_TASKS
 from graftline.methods import Stage, method_named
 from graftline.methods.experts import expert
@@ -36,6 +36,7 @@ class RunPlan:
         scores: what is measured.
         perplexity: text perplexity of theta_0 (`before`) and of the last backbone (`after`).
         steps: all steps, parents before children.
+        recorded: scores of earlier stages, which another run measured.
     """
 
     recipe: Recipe
@@ -43,6 +44,7 @@ class RunPlan:
     scores: tuple[PlannedScore, ...]
     perplexity: Mapping[str, Reference]
     steps: Mapping[Reference, Step]
+    recorded: tuple[ScoreCell, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -62,8 +64,8 @@ def plan_run(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> Run
     base = planner.backbone()
     perplexity = {"before": planner.perplexity(base, 0)}
     stages = tuple(method_named(recipe.method)(planner, recipe.order))
-    scores = [score for stage in stages for score in _stage_scores(planner, stage)]
-    scores += _last_scores(planner, stages)
+    scores = [score for stage in stages for score in stage_scores(planner, stage)]
+    scores += last_scores(planner, stages)
     for modality in recipe.order if recipe.evaluation.references else ():
         scores.append(_score(planner, expert(planner, modality), modality, "expert", 0, modality))
     last = stages[-1].final.backbone if stages else base
@@ -71,7 +73,7 @@ def plan_run(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> Run
     return RunPlan(recipe, stages, tuple(scores), perplexity, dict(planner.steps))
 
 
-def _last_scores(planner: Planner, stages: tuple[Stage, ...]) -> list[PlannedScore]:
+def last_scores(planner: Planner, stages: tuple[Stage, ...]) -> list[PlannedScore]:
     """What is asked at the last stage alone: the merged model, and joint questions."""
     if not stages:
         return []
@@ -87,7 +89,8 @@ def _last_scores(planner: Planner, stages: tuple[Stage, ...]) -> list[PlannedSco
     return scores
 
 
-def _stage_scores(planner: Planner, stage: Stage) -> list[PlannedScore]:
+def stage_scores(planner: Planner, stage: Stage) -> list[PlannedScore]:
+    """What is asked at every stage: vanilla on what is new, the final model on all it knows."""
     scores = []
     if stage.vanilla is not None:
         scores.append(_stage_score(planner, stage, stage.vanilla, stage.modality, "vanilla"))

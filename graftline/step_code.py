@@ -46,6 +46,7 @@ DISTILLING_CODE = (
 )
 ANSWERING_CODE = (*MODEL_CODE, "evaluation/answering.py", "evaluation/scoring.py")
 CODE: dict[str, tuple[str, ...]] = {
+    "bundle": (),  # a copy: depends on its content alone
     "backbone": ("model/backbone.py",),
     "rows": (),  # known by their content, whatever imported them
     "features": (

@@ -27,8 +27,12 @@ from graftline.model.building import BUILDING
 PARTS, CONNECTOR = "parts.json", "connector.safetensors"
 TOLERANCE = 1e-4
 """Largest difference of logits, as a share of the largest logit: other kernels round otherwise."""
-_TOWERS = {"llava": "vision_tower", "qwen2_audio": "audio_tower", "voxtral": "audio_tower"}
-"""Model type -> the name of its encoder."""
+_MODELS = {
+    "llava": ("LlavaForConditionalGeneration", "vision_tower"),
+    "qwen2_audio": ("Qwen2AudioForConditionalGeneration", "audio_tower"),
+    "voxtral": ("VoxtralForConditionalGeneration", "audio_tower"),
+}
+"""Model type -> its class, and the name of its encoder there."""
 _PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 _OWN = ("config.json", "generation_config.json", "README.md", "manifest.json")
@@ -169,15 +173,16 @@ def _opened(folder: Path) -> tuple[Joint, Any]:
     with BUILDING:
         import transformers
 
+    library: Any = transformers
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config: Any = library.AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
         raise GraftlineError(f"{folder}: not a readable `transformers` folder ({error})") from error
-    if config.model_type not in _TOWERS:
+    if config.model_type not in _MODELS:
         raise GraftlineError(
-            f"{folder}: is of type {config.model_type!r}; {', '.join(_TOWERS)} can be taken apart"
+            f"{folder}: is of type {config.model_type!r}; {', '.join(_MODELS)} can be taken apart"
         )
-    auto: Any = getattr(transformers, config.architectures[0])
+    auto: Any = getattr(library, _MODELS[config.model_type][0])
     try:
         with BUILDING:
             model, found = auto.from_pretrained(
@@ -224,7 +229,7 @@ def _write_parts(model: Any, joint: Joint, folder: Path, out: Path) -> None:
     state["lm_head.weight"] = model.lm_head.weight
     backbone.load_state_dict(state, strict=True)
     backbone.save_pretrained(out / "backbone")
-    getattr(model.model, _TOWERS[joint.model_type]).save_pretrained(out / "encoder")
+    getattr(model.model, _MODELS[joint.model_type][1]).save_pretrained(out / "encoder")
     (out / "connector").mkdir()
     weights = model.model.multi_modal_projector.state_dict()
     save_file({k: v.contiguous() for k, v in weights.items()}, out / "connector" / CONNECTOR)

@@ -14,7 +14,15 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 
@@ -119,19 +127,30 @@ def log_model(
     numbers: Mapping[str, float],
     step: int,
     now: int,
+    links: Mapping[str, Any] | None = None,
+    parent_run: str = "",
 ) -> str:
-    """Records a checkpoint as a model that lies elsewhere, and its numbers; returns its id."""
+    """Records a checkpoint as a model that lies elsewhere, and its numbers; returns its id.
+
+    With links to its parts it is one that MLflow loads and serves.
+    """
     found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
-    model_id = next((str(model.model_id) for model in found if model.name == name), None)
-    if model_id is None:
-        made = mlflow.create_external_model(
+    model = next((each for each in found if each.name == name), None)
+    if model is None:
+        make = mlflow.create_external_model if links is None else mlflow.initialize_logged_model
+        model = make(
             name=name,
             source_run_id=run_id,
             tags=dict(tags),
             experiment_id=experiment_id,
             model_type="multimodal",
         )
-        model_id = str(made.model_id)
+    model_id = str(model.model_id)
+    if links is not None and model.status != LoggedModelStatus.READY:
+        from tasks.serving import log_served  # takes seconds to import, and only here
+
+        notes = {**tags, "run_id": parent_run, "stage_run_id": run_id}
+        log_served(client, links, run_id, model_id, notes)
     for key, value in numbers.items():
         client.log_metric(run_id, key, value, now, step, model_id=model_id)
     return model_id

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from graftline.adding import tested_rows
 from graftline.asking.bundle import (
     BACKBONE_PARTS,
     Description,
@@ -22,6 +23,8 @@ from graftline.asking.bundle import (
 from graftline.asking.card import model_card
 from graftline.asking.parts import Parts, parts_of_plan, stage_of
 from graftline.errors import GraftlineError
+from graftline.evaluation.earlier import ended_at
+from graftline.evaluation.report import EXAMPLES, RunScores, metrics_of, read_report
 from graftline.model.own_backbone import backbone_name
 from graftline.recipe import RecipeError, load_recipe
 from graftline.run_plan import RunPlan, plan_run
@@ -171,9 +174,15 @@ def recipe_named(name: str) -> Path:
     raise RecipeError(f"{many if found else none}; give the recipe's file, --method and --seed")
 
 
-def described(model: FinishedModel) -> Description:
-    """What an export of a model says of it."""
+def described(model: FinishedModel, measured: RunScores | None) -> Description:
+    """What an export of a model says of it.
+
+    Args:
+        model: the model.
+        measured: what its run had measured by then.
+    """
     recipe, parts = model.plan.recipe, model.parts
+    tested = measured.order if measured is not None else ()
     return Description(
         recipe=recipe.name,
         method=recipe.method,
@@ -194,12 +203,19 @@ def described(model: FinishedModel) -> Description:
         text=parts.text,
         kinds=dict(parts.kinds),
         max_new_tokens=parts.max_new_tokens,
+        tested={name: tested_rows(recipe, model.data.files, name) for name in tested},
     )
 
 
-def card_of(model: FinishedModel) -> str:
-    """A model's card, with the scores of its run's report where that measured this very model."""
-    last = model.plan.stages[-1].index
-    metrics = read_object(report_folder(model.plan.recipe, model.usual) / "metrics.json")
-    measured = model.stage == last and metrics.get("fingerprint") == model.plan.fingerprint
-    return model_card(described(model), metrics if measured else None)
+def measured_by(model: FinishedModel) -> RunScores | None:
+    """What a model's run had measured when its stage ended; None where there is no report of it."""
+    folder = report_folder(model.plan.recipe, model.usual)
+    metrics = read_object(folder / "metrics.json")
+    if metrics.get("fingerprint") != model.plan.fingerprint or not (folder / EXAMPLES).exists():
+        return None
+    return ended_at(read_report(folder), model.stage)
+
+
+def card_of(description: Description, measured: RunScores | None) -> str:
+    """A model's card, with the scores that its run had measured by then."""
+    return model_card(description, metrics_of(measured) if measured is not None else None)

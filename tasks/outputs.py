@@ -50,6 +50,15 @@ def search_file(recipe: Recipe, rule: str) -> Path:
     return Path("reports") / recipe.name / "search" / f"{rule}-seed-{recipe.seed}.json"
 
 
+ADDITION = "addition.json"
+"""What a report of an addition holds beside its metrics."""
+
+
+def addition_folder(recipe: Recipe, modality: str) -> Path:
+    """Where the report lies of a modality that was added to an exported model."""
+    return Path("reports") / recipe.name / "add" / modality / f"seed-{recipe.seed}"
+
+
 def compose_folder(recipe_name: str) -> Path:
     """Where the table of a recipe's compositions lies."""
     return Path("reports") / recipe_name / "compose"

@@ -16,6 +16,8 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from graftline.asking.links import links_of
+from graftline.asking.parts import parts_of_plan
 from graftline.costs import Costs, busy_seconds, costs_of
 from graftline.evaluation.pictures import score_matrix, scores_over_stages
 from graftline.evaluation.report import (
@@ -208,7 +210,9 @@ def _log_model(
     tags |= {"method": recipe.method, "seed": str(recipe.seed), "stage": str(stage)}
     where = store.location(model.backbone.kind, model.backbone.fingerprint)
     name = f"{recipe.name}-{recipe.method}-stage-{stage}".replace(".", "-")
-    return tracking.log_model(place.tracked, child, name, where, tags, numbers, stage)
+    last = stage == plan.stages[-1].index
+    links = links_of(parts_of_plan(plan, store)) if last else None
+    return tracking.log_model(place.tracked, child, name, where, tags, numbers, stage, links)
 
 
 def _draw(folder: Path, run: RunScores) -> None:

@@ -281,8 +281,19 @@ def log_model(
     tags: Mapping[str, str],
     numbers: Mapping[str, float],
     stage: int,
+    links: Mapping[str, Any] | None = None,
 ) -> str:
     """Records a checkpoint as a model that lies in the artifact store; no weights are copied.
+
+    Args:
+        tracked: the parent run.
+        run_id: the stage's run.
+        name: of the model.
+        where: where its backbone lies.
+        tags: of the model.
+        numbers: its scores.
+        stage: their step.
+        links: where all of it lies (`graftline.asking.links`), if MLflow is to load and serve it.
 
     Returns:
         The model's id in MLflow.
@@ -296,6 +307,8 @@ def log_model(
         tags={**tags, "artifact_path": where},
         numbers=dict(numbers),
         step=stage,
+        links=None if links is None else {**links},
+        parent_run=tracked.run_id,
         now=_now(),
     )
 

@@ -37,8 +37,8 @@ def serve_both(mlflow_port: int, prefect_port: int, say: Callable[[str], None]) 
     """
     environment.prepare()
     for name, port in (("--mlflow-port", mlflow_port), ("--prefect-port", prefect_port)):
-        _require_free(name, port)
-    mlflow_port = mlflow_port or _free_port()
+        require_free(name, port)
+    mlflow_port = mlflow_port or free_port()
     child = start_child(["-m", "tasks.ui", str(mlflow_port)])
     try:
         with Server(with_ui=True, port=prefect_port) as prefect:
@@ -54,7 +54,8 @@ def serve_both(mlflow_port: int, prefect_port: int, say: Callable[[str], None]) 
         stop_child(child)
 
 
-def _require_free(option: str, port: int) -> None:
+def require_free(option: str, port: int) -> None:
+    """Raises a GraftlineError if a port of loopback is in use; the message names the option."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -66,7 +67,8 @@ def _require_free(option: str, port: int) -> None:
             ) from error
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -3,6 +3,7 @@
 - `model.json`: what it is and how its parts go together
 - `manifest.json`: sha256, size and tensors of every file, written last
 - `README.md`: the model card
+- `examples.csv`: what its run had measured by then, example by example, where it had
 - `backbone/`: a plain `transformers` folder; what text meets
 - `connectors/`: one a modality, with its record
 - `base/`, `experts/<modality>/`, `adapters/<modality>/`: where media meet weights of their own
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +22,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graftline import durable
 from graftline.asking.parts import Parts
-from graftline.data.parts import EFFICIENTNET_LITE0, SMOLLM2, WHISPER_TINY_EN, Part
+from graftline.data.parts import (
+    EFFICIENTNET_LITE0,
+    MNIST_5K,
+    SMOLLM2,
+    TIMGM6MB,
+    WHISPER_TINY_EN,
+    Part,
+)
 from graftline.encoders import same_here
 from graftline.errors import GraftlineError
+from graftline.evaluation.report import EXAMPLES, ScoreCell, cells_in, examples_csv
 from graftline.manifest import (
     FORMAT,
     MANIFEST,
@@ -45,6 +54,8 @@ ENCODER_PARTS: Mapping[str, Part] = {
     WhisperAudioEncoder.name: WHISPER_TINY_EN,
 }
 """Encoder -> the pinned part that holds its weights; who is not here needs none."""
+DATA_PARTS: Mapping[str, Part] = {"image": MNIST_5K, "audio": TIMGM6MB, "video": MNIST_5K}
+"""Modality -> the pinned part that the starter makes its rows of."""
 BACKBONE_PARTS: Mapping[str, Part] = {"smollm2-135m-instruct": SMOLLM2}
 
 
@@ -90,6 +101,12 @@ class Description(_Described):
         default_factory=dict, description="modality -> what its media are, where not called so"
     )
     max_new_tokens: int
+    tested: dict[str, dict[str, str]] = Field(
+        default_factory=dict, description="by modality: whose scores `examples.csv` holds"
+    )
+    grown_from: str | None = Field(
+        None, description="digest of the exported model that it was grown from"
+    )
 
 
 def describe_encoders(parts: Parts) -> dict[str, EncoderDescription]:
@@ -113,7 +130,13 @@ def describe_part(part: Part | None) -> dict[str, str] | None:
     return {name: getattr(part, name) for name in names}
 
 
-def write_bundle(parts: Parts, description: Description, card: str, out: Path) -> None:
+def write_bundle(
+    parts: Parts,
+    description: Description,
+    card: str,
+    out: Path,
+    measured: Sequence[ScoreCell] = (),
+) -> None:
     """Copies a model's parts into one folder that appears whole or not at all.
 
     Args:
@@ -121,6 +144,7 @@ def write_bundle(parts: Parts, description: Description, card: str, out: Path) -
         description: what it is.
         card: its model card, Markdown.
         out: folder to make.
+        measured: what its run had measured by then.
 
     Raises:
         GraftlineError: the folder is there already, or cannot be written.
@@ -141,6 +165,8 @@ def write_bundle(parts: Parts, description: Description, card: str, out: Path) -
             text = json.dumps(description.model_dump(mode="json"), indent=2) + "\n"
             (temporary / DESCRIPTION).write_text(text, encoding="utf-8")
             (temporary / CARD).write_text(card, encoding="utf-8")
+            if measured:
+                (temporary / EXAMPLES).write_text(examples_csv(measured), encoding="utf-8")
             seal(temporary, _step(description))
             durable.rename_new(temporary, out.absolute())
     except FileExistsError as error:
@@ -198,8 +224,8 @@ def is_bundle(folder: Path) -> bool:
     return (folder / DESCRIPTION).is_file() or (folder / MANIFEST).is_file()
 
 
-def read_bundle(folder: Path) -> Parts:
-    """Reads an exported model after comparing every file with the manifest's sha256.
+def read_description(folder: Path) -> Description:
+    """Reads what an exported model is, after comparing every file with the manifest's sha256.
 
     Raises:
         GraftlineError: a file is missing, surplus or changed, or this version of Graftline has
@@ -219,6 +245,23 @@ def read_bundle(folder: Path) -> Parts:
             f"{path}: not what this version of Graftline exports ({error}); export it again"
         ) from error
     _check_encoders(folder, found)
+    return found
+
+
+def content_digest(folder: Path) -> str:
+    """What tells an exported model from every other: a digest of all its files and records."""
+    return str(read_manifest(folder)["digest"])
+
+
+def measured_cells(folder: Path) -> tuple[ScoreCell, ...]:
+    """What an exported model's run had measured by then; nothing where it had not."""
+    path = folder / EXAMPLES
+    return cells_in(path.read_text(encoding="utf-8")) if path.is_file() else ()
+
+
+def read_bundle(folder: Path) -> Parts:
+    """The parts of an exported model; see `read_description`."""
+    found = read_description(folder)
     return Parts(
         name=f"{folder.name} ({found.recipe} · {found.method} · stage {found.stage})",
         backbone=folder / "backbone",

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from graftline.asking.bundle import Description
+from graftline.asking.bundle import DATA_PARTS, Description, describe_part
+from graftline.methods import method_named
 from graftline.model_settings import StarterBackbone
 
-_HEADLINES = {"brg": "BRG", "frg_mean": "FRG", "retention": "retention"}
+_HEADLINES = {
+    "brg": "BRG",
+    "kept": "BRG over the last stage",
+    "frg_mean": "FRG",
+    "retention": "retention",
+}
 
 
 def model_card(description: Description, metrics: Mapping[str, Any] | None) -> str:
@@ -29,13 +35,14 @@ def model_card(description: Description, metrics: Mapping[str, Any] | None) -> s
         "| | |",
         "|---|---|",
         f"| recipe | {description.recipe} |",
-        f"| method | {description.method} |",
+        f"| method | {_method(description.method)} |",
         f"| seed | {description.seed} |",
         f"| order | {order} |",
         f"| stage | {description.stage} of {len(description.order)} |",
         f"| data (md5) | {description.data_md5} |",
         f"| run | {description.run_fingerprint} |",
         f"| precision | {description.precision} |",
+        *([f"| grown from | {description.grown_from} |"] if description.grown_from else []),
         "",
         "## Scores",
         "",
@@ -46,9 +53,16 @@ def model_card(description: Description, metrics: Mapping[str, Any] | None) -> s
         *_licences(description),
         "",
         "Connectors, and what the backbone learned, are the run's own. Encoders are not in this",
-        "folder: they are fetched once, pinned by version and sha256.",
+        "folder: they are fetched once, pinned by version and sha256. Rows of other data than the",
+        "starter's have the licence that their maker gave them.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _method(name: str) -> str:
+    """A method's name and the first line of what its code says of it."""
+    said = (method_named(name).__doc__ or "").strip().splitlines()
+    return f"{name}: {said[0].rstrip('.')}" if said else name
 
 
 def _option(description: Description) -> str:
@@ -111,6 +125,10 @@ def _licences(description: Description) -> list[str]:
             lines.append(
                 f"| {modality} encoder: {encoder.name} | the user, {source} | as its own |"
             )
+    for modality in description.encoders:
+        part = describe_part(DATA_PARTS.get(modality))
+        if part is not None:
+            lines.append(_licence(f"{modality} rows, where they are the starter's", part))
     return lines
 
 

@@ -31,6 +31,7 @@ Place = tuple[str, int, str]
 
 CSV_COLUMNS = ("stage", "stage_modality", "modality", "task", "point", "metric", "score", "n")
 _EXAMPLE_COLUMNS = ("stage", "stage_modality", "modality", "task", "point", "metric", "scores")
+EXAMPLES = "examples.csv"
 HEADLINES = ("brg", "brg_mean", "frg_mean", "retention")
 COSTS = (
     "trained_parameters",
@@ -285,6 +286,19 @@ def scores_csv(run: RunScores) -> str:
     return _csv_text(CSV_COLUMNS, rows)
 
 
+def examples_csv(cells: Iterable[ScoreCell]) -> str:
+    """The content of `examples.csv`: a row a cell, with every example's score."""
+    columns = _EXAMPLE_COLUMNS[:-1]
+    rows = [[*(getattr(cell, name) for name in columns), _joined(cell.examples)] for cell in cells]
+    return _csv_text(_EXAMPLE_COLUMNS, rows)
+
+
+def cells_in(text: str) -> tuple[ScoreCell, ...]:
+    """The cells of an `examples.csv`, exactly as `examples_csv` wrote them."""
+    csv.field_size_limit(1 << 30)  # a field holds as many scores as the test set has rows
+    return tuple(_cell(row) for row in csv.DictReader(io.StringIO(text, newline="")))
+
+
 def write_report(folder: Path, run: RunScores, replicates: int = 2000) -> dict[str, Any]:
     """Write `metrics.json`, `scores.csv` and `examples.csv`, each atomically, metrics last.
 
@@ -303,11 +317,7 @@ def write_report(folder: Path, run: RunScores, replicates: int = 2000) -> dict[s
     metrics = metrics_of(run, replicates)
     text = _strict_json(metrics, f"metrics of {run.method}, seed {run.seed}")
     folder.mkdir(parents=True, exist_ok=True)
-    examples = [
-        [*(getattr(cell, column) for column in _EXAMPLE_COLUMNS[:-1]), _joined(cell.examples)]
-        for cell in run.cells
-    ]
-    atomic_write_text(folder / "examples.csv", _csv_text(_EXAMPLE_COLUMNS, examples))
+    atomic_write_text(folder / EXAMPLES, examples_csv(run.cells))
     atomic_write_text(folder / "scores.csv", scores_csv(run))
     atomic_write_text(folder / "metrics.json", text)
     return metrics
@@ -321,9 +331,7 @@ def read_report(folder: Path) -> RunScores:
     """
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        csv.field_size_limit(1 << 30)  # a field holds as many scores as the test set has rows
-        with (folder / "examples.csv").open(encoding="utf-8", newline="") as stream:
-            cells = tuple(_cell(row) for row in csv.DictReader(stream))
+        cells = cells_in((folder / EXAMPLES).read_text(encoding="utf-8"))
         scalars = {name: metrics[name] for name in _SCALARS}
         scalars |= {name: metrics.get(name) for name in COSTS}  # older reports have none
         return RunScores(order=tuple(metrics["order"]), cells=cells, **scalars)

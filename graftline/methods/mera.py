@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from graftline.methods import Stage, add_modality, start
 from graftline.plan import Model, Planner, Reference
@@ -40,22 +41,42 @@ Merge = Callable[[Reference, Reference, int], Reference]
 Realign = Callable[[Turn], Model]
 
 
+HALVES: Mapping[str, tuple[bool, bool]] = MappingProxyType(
+    {"mera": (True, True), "merge-only": (True, False), "realign-only": (False, True)}
+)
+"""Method -> whether it takes MERA's third step, merging, and its fourth, realigning on replay."""
+
+
 def mera(planner: Planner, order: Sequence[str]) -> list[Stage]:
     """Align, fine-tune, merge, realign every connector."""
     steps = RealignPlanner.beside(planner)
-    return grow(steps, order, steps.merge, _on_replay(steps))
+    return grow(steps, order, *halves_of("mera", steps, order))
 
 
 def merge_only(planner: Planner, order: Sequence[str]) -> list[Stage]:
     """MERA without its fourth step: an ablation."""
     steps = RealignPlanner.beside(planner)
-    return grow(steps, order, steps.merge, None)
+    return grow(steps, order, *halves_of("merge-only", steps, order))
 
 
 def realign_only(planner: Planner, order: Sequence[str]) -> list[Stage]:
     """MERA without its third step: an ablation."""
     steps = RealignPlanner.beside(planner)
-    return grow(steps, order, None, _on_replay(steps))
+    return grow(steps, order, *halves_of("realign-only", steps, order))
+
+
+def halves_of(
+    method: str, planner: RealignPlanner, replayed: Collection[str]
+) -> tuple[Merge | None, Realign | None]:
+    """MERA's third and fourth step, `None` where the method leaves one out.
+
+    Args:
+        method: of `HALVES`.
+        planner: makes the steps.
+        replayed: modalities whose replay is there; connectors of others stay as they are.
+    """
+    merges, realigns = HALVES[method]
+    return planner.merge if merges else None, _on_replay(planner, replayed) if realigns else None
 
 
 def grow(
@@ -73,26 +94,54 @@ def grow(
     model, stages = start(planner), list[Stage]()
     learned: dict[str, Model] = {}
     for index, modality in enumerate(order, start=1):
-        vanilla = add_modality(planner, model, modality, index)
-        learned = {**learned, modality: vanilla}
-        final, merged = vanilla, None
-        if index > 1:
-            if merge is not None:
-                backbone = merge(model.backbone, vanilla.backbone, index)
-                final = merged = Model(backbone, vanilla.connectors)
-            if realign is not None:
-                final = realign(Turn(index, modality, model, vanilla, final, learned))
-        stages.append(Stage(index, modality, final, vanilla, merged))
-        model = Model((merged or vanilla).backbone, final.connectors)
+        stage = add_stage(planner, model, modality, index, merge, realign, learned)
+        learned[modality] = stage.vanilla
+        stages.append(stage)
+        model = Model((stage.merged or stage.vanilla).backbone, stage.final.connectors)
     return stages
 
 
-def _on_replay(planner: RealignPlanner) -> Realign:
-    """Every connector on its own replay; independent of each other, so in any order."""
+def add_stage(
+    planner: Planner,
+    before: Model,
+    modality: str,
+    index: int,
+    merge: Merge | None,
+    realign: Realign | None,
+    learned: Mapping[str, Model],
+) -> Stage:
+    """One stage: what makes theta_i and its connectors of theta_{i-1} and a new modality.
+
+    Args:
+        planner: makes the steps.
+        before: theta_{i-1} with its connectors.
+        modality: what is new.
+        index: i, from 1.
+        merge: the third step, taken from the second stage on; `None` leaves it out.
+        realign: the fourth step, likewise.
+        learned: old modality -> the vanilla model of the stage that learned it, if known.
+    """
+    vanilla = add_modality(planner, before, modality, index)
+    final, merged = vanilla, None
+    if index > 1:
+        if merge is not None:
+            backbone = merge(before.backbone, vanilla.backbone, index)
+            final = merged = Model(backbone, vanilla.connectors)
+        if realign is not None:
+            known = {**learned, modality: vanilla}
+            final = realign(Turn(index, modality, before, vanilla, final, known))
+    return Stage(index, modality, final, vanilla, merged)
+
+
+def _on_replay(planner: RealignPlanner, replayed: Collection[str]) -> Realign:
+    """Connectors on their own replay; independent of each other, so in any order."""
 
     def realign(turn: Turn) -> Model:
         model = turn.model
-        connectors = {name: planner.realign(model, name, turn.stage) for name in model.connectors}
+        connectors = {
+            name: planner.realign(model, name, turn.stage) if name in replayed else connector
+            for name, connector in model.connectors.items()
+        }
         return Model(model.backbone, connectors)
 
     return realign

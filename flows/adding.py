@@ -1,0 +1,67 @@
+"""The flow that adds one modality to an exported model, and exports the model that comes of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.continual import carry_out_run
+from flows.data import versioned
+from graftline.adding import check_recipe, plan_addition, take_in
+from graftline.asking.bundle import refuse_existing
+from graftline.recipe import load_recipe
+from graftline.stores import open_store
+from tasks.addition import export_addition
+from tasks.interruption import closed_when_stopped
+from tasks.outputs import addition_folder
+from tasks.preflight import check_folders
+from tasks.records import recorded_run
+from tasks.references import Place
+from tasks.stale import close_dead_runs, close_own_run
+
+
+@flow(name="add", persist_result=False, validate_parameters=False)
+def add(recipe_path: str, model: str, out: str, overrides: Mapping[str, Any] | None = None) -> str:
+    """Adds a modality to an exported model by one stage of MERA.
+
+    Args:
+        recipe_path: `params/*.yaml`; its `order` names the new modality and the old ones whose rows
+            are at hand.
+        model: the exported model's folder.
+        out: folder to make, for the new model.
+        overrides: dotted key -> value; wins over the file.
+
+    Returns:
+        The report's folder.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    origin, target = Path(model), Path(out)
+    refuse_existing(target)
+    known = check_recipe(recipe, origin)
+    [new] = [name for name in recipe.order if name not in known.encoders]
+    folder = addition_folder(recipe, new)
+    check_folders(recipe, folder)
+    close_dead_runs(recipe.store)
+    store = open_store(recipe.store)
+    store.sweep()
+    started = time.monotonic()
+    with (
+        recorded_run(recipe.store) as record,
+        closed_when_stopped(lambda: close_own_run(record)),
+    ):
+        record.note(prefect_flow_run=str(flow_run.id))
+        data = versioned(recipe)
+        addition = plan_addition(recipe, data.files, origin)
+        take_in(origin, store)
+
+        def finish(_place: Place, _model_id: str | None) -> None:
+            export_addition(addition, data, folder, target)
+
+        name = f"add {new} seed {recipe.seed}"
+        carry_out_run(addition.plan, data, folder, name, record, started, finish)
+    return str(folder)

@@ -1,0 +1,95 @@
+"""A finished model as MLflow serves it: media as base64, a question; an answer a row.
+
+MLflow copies this file beside the model and runs it when the model is loaded ("models from code"),
+so nothing is pickled. Weights are not copied: the model's configuration links the folders in which
+they lie, and loading compares them with their manifests.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
+
+from graftline.asking.asker import Asker
+from graftline.asking.conversation import Shown, Turn, check_question
+from graftline.asking.links import follow_links
+from graftline.errors import GraftlineError
+
+
+class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """Answers questions about media."""
+
+    def load_context(self, context: Any) -> None:
+        """Finds the model's parts; its weights are read at the first question.
+
+        Raises:
+            GraftlineError: a part is not where it was, or is damaged.
+        """
+        self.asker = Asker(follow_links(context.model_config["parts"]))
+
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """Answers every row.
+
+        Args:
+            context: unused; the model is loaded.
+            model_input: a column a modality with files as base64, empty where nothing is shown, and
+                the column `question`.
+            params: unused.
+
+        Returns:
+            The column `answer`.
+
+        Raises:
+            MlflowException: lists every row that cannot be asked; the request is at fault.
+        """
+        del context, params
+        conversations: list[list[Turn]] = []
+        problems: list[str] = []
+        with tempfile.TemporaryDirectory() as folder:
+            for number, row in enumerate(model_input.to_dict("records"), start=1):
+                try:
+                    media = self._media(row, Path(folder), f"row {number}")
+                    question = check_question(str(row["question"]))
+                    conversations.append([Turn(tuple(media), question)])
+                except GraftlineError as error:
+                    problems.append(str(error).replace(f"{folder}/", ""))
+        if not problems:
+            try:
+                return pd.DataFrame({"answer": self.asker.answer(conversations)})
+            except GraftlineError as error:
+                problems.append(str(error))
+        raise MlflowException("\n".join(problems), error_code=BAD_REQUEST)
+
+    def _media(self, row: dict[str, Any], folder: Path, label: str) -> list[Shown]:
+        """A row's media, in the order in which the model learned their modalities."""
+        paths: list[Path] = []
+        media = []
+        for modality in self.asker.modalities:
+            text = row.get(modality)
+            if isinstance(text, str) and text:
+                paths.append(folder / f"{label}, {modality}")
+                paths[-1].write_bytes(_decoded(text, f"{label}, {modality}"))
+                media.append(self.asker.read(paths[-1], modality))
+        return self.asker.show(media, paths)
+
+
+def _decoded(text: str, label: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise GraftlineError(
+            f"{label}: is no base64 ({error}); send the file's bytes so"
+        ) from error
+
+
+mlflow.models.set_model(ServedModel())
