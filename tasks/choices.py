@@ -13,6 +13,7 @@ from graftline.errors import GraftlineError
 from graftline.methods import Stage
 from graftline.recipe import load_recipe
 from graftline.run_plan import plan_run
+from graftline.store import Store
 from graftline.stores import open_store
 from tasks.data import known_version
 from tasks.models import find_parts
