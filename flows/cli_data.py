@@ -25,8 +25,6 @@ def import_(recipe: RecipePath, settings: Settings = None) -> None:
     from flows import checking
 
     for name, rows in checking.import_sources(chosen, console).items():
-        for warning in rows.warnings:
-            console.print(f"{name}: warning: {warning}", style="yellow", markup=False)
         counts = {split: sum(tasks.values()) for split, tasks in rows.counts.items()}
         listed = ", ".join(f"{count} {split}" for split, count in counts.items())
         out.print(f"{name}: {listed}", markup=False, highlight=False, soft_wrap=True)

@@ -55,6 +55,8 @@ class Prospect:
 def look_ahead(recipe: Recipe, usual: Sequence[str]) -> Prospect:
     """Plans a run and estimates its cost; starts nothing and writes nothing that stays.
 
+    But for the hashes of own media, which the store remembers.
+
     Args:
         recipe: the recipe.
         usual: the order that its file names.
@@ -64,7 +66,8 @@ def look_ahead(recipe: Recipe, usual: Sequence[str]) -> Prospect:
     data = version.md5 if version and all(name in known for name in recipe.order) else NOT_BUILT
     splits = dict.fromkeys(("train", "validation", "test"), NOT_BUILT)
     files = {**dict.fromkeys(recipe.order, splits), **known}
-    built = Path(recipe.data.folder).is_dir()
+    folder = Path(recipe.data.folder)
+    built = folder.is_dir() and any(folder.iterdir())
     report = report_folder(recipe, usual)
     problems = [*complaints, *recipe_problems(recipe, known if built else files)]
     problems += _complaints(lambda: check_folders(recipe, report))

@@ -8,7 +8,6 @@ gave which rows.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -34,7 +33,6 @@ from graftline.store import Store
 
 FOLDER, MEMORY = ".imports", "files.parquet"
 _LONGEST_LIST = 50
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,6 @@ def _looked_at(
         look(folder, found)
     if found.problems:
         raise GraftlineError(problem_list(request.modality, found.problems))
-    for warning in found.warnings:
-        _log.warning("%s: %s", request.modality, warning)
     return _publish(request, store, folder, found)
 
 

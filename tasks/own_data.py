@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 
 from filelock import FileLock
 from prefect import task
@@ -15,6 +16,9 @@ from graftline.recipe import Recipe
 from graftline.store import Store
 from tasks.data import bar, known_version
 from tasks.references import DataVersion
+
+_WARNINGS = 10
+_log = logging.getLogger(__name__)
 
 
 @task(name="import-data", cache_policy=NO_CACHE, persist_result=False)
@@ -41,11 +45,19 @@ def import_own_data(recipe: Recipe) -> dict[str, OwnRows]:
             try:
                 with bar() as progress:
                     found[name] = rows_of(request, store, hashes, progress)
+                _warn(name, found[name].warnings)
             except GraftlineError as error:
                 problems.append(str(error))
     if problems:
         raise GraftlineError("\n".join(problems))
     return found
+
+
+def _warn(modality: str, warnings: Sequence[str]) -> None:
+    for warning in warnings[:_WARNINGS]:
+        _log.warning("%s: %s", modality, warning)
+    if len(warnings) > _WARNINGS:
+        _log.warning("%s: %d warnings more", modality, len(warnings) - _WARNINGS)
 
 
 def in_folder(recipe: Recipe) -> dict[str, str]:

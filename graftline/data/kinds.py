@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from graftline.data.rows import MediaError, decode
 
-Kind = Literal["image", "audio", "video", "point_cloud", "features"]
 FEATURES = "features"
 SMALLEST = {
     "image": (8, 8, 3),

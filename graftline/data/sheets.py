@@ -22,6 +22,7 @@ from graftline.evaluation.style import INK, MUTED, STYLE, save, words
 
 COLUMNS, LINES = 4, 3
 _INCHES = (3.0, 3.4)
+_TOP, _BELOW = 0.6, 0.75  # inches for the titles, and for the texts of the last line
 _FRAMES = 4
 _POINTS = 2_000
 _TEXT_WIDTH, _TEXT_LINES = 34, 2
@@ -73,7 +74,7 @@ def _first(path: Path, count: int) -> list[Example]:
 
 @rc_context(STYLE)
 def contact_sheet(path: Path, modality: str, kind: str, examples: Sequence[Example]) -> None:
-    """Draws rows: pictures as they are, sounds as spectrogram and waveform, the first frames of
+    """Draws rows: pictures as they are, sounds as spectrogram and waveform, four frames of
     videos, point clouds as points, features as a map.
 
     Args:
@@ -83,10 +84,15 @@ def contact_sheet(path: Path, modality: str, kind: str, examples: Sequence[Examp
         examples: whose media can be decoded.
     """
     lines = max(1, -(-len(examples) // COLUMNS))
-    figure = Figure((_INCHES[0] * COLUMNS, _INCHES[1] * lines + 0.5), dpi=100, layout="constrained")
+    height = _INCHES[1] * lines + _TOP
+    figure = Figure((_INCHES[0] * COLUMNS, height), dpi=100)
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{words(modality)} ({words(kind)})", x=0.015, ha="left", size=15, color=INK)
-    grid = figure.add_gridspec(lines, COLUMNS)
+    title = words(modality) if modality == kind else f"{words(modality)} ({words(kind)})"
+    figure.text(0.015, 1 - 0.08 / height, title, va="top", size=15, color=INK)
+    top, bottom = 1 - _TOP / height, _BELOW / height
+    grid = figure.add_gridspec(
+        lines, COLUMNS, left=0.01, right=0.99, top=top, bottom=bottom, hspace=0.45, wspace=0.06
+    )
     for number, example in enumerate(examples):
         _draw(figure, grid[number // COLUMNS, number % COLUMNS], kind, example)
     with warnings.catch_warnings():  # a script that the font does not have is shown as boxes
@@ -141,10 +147,11 @@ def _picture(axes: Any, values: NDArray[Any]) -> None:
 
 
 def _film(axes: Any, values: NDArray[Any]) -> None:
-    frames = values[:_FRAMES]
-    gap = np.full((values.shape[1], max(1, values.shape[2] // 20), 3), 255, np.uint8)
-    pieces = [piece for frame in frames for piece in (frame, gap)][:-1]
-    axes.imshow(np.concatenate(pieces, axis=1))
+    """Four frames from the first to the last, line by line."""
+    chosen = values[np.linspace(0, len(values) - 1, _FRAMES).round().astype(int)]
+    framed = np.pad(chosen, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
+    first, second = (np.concatenate(list(half), axis=1) for half in (framed[:2], framed[2:]))
+    axes.imshow(np.concatenate([first, second]))
 
 
 def _sound(axes: Any, values: NDArray[Any]) -> None:

@@ -92,3 +92,9 @@ def test_bad_rows_stop_a_run_before_anything_is_computed(project: Project) -> No
     assert "my/photos/metadata.csv, line 6: 004.png: is empty (0 bytes)" in flat
     assert "my/hums/metadata.csv, line 4: 002.wav: not a readable WAV" in flat
     assert project.artifacts() == {}
+    (project.folder / "my/photos/004.png").write_bytes(picture(4))
+    (project.folder / "my/hums/002.wav").write_bytes(sound(220.0, 48_000))
+    code, text = project.run("data", "import", "params/mine.yaml")
+    assert code == 0, text
+    assert "photo: 24 train, 3 validation, 3 test" in text
+    assert {Path(name).parts[1] for name in project.artifacts()} == {"rows"}

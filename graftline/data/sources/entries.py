@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -229,6 +230,8 @@ def checked_text(value: Any, name: str) -> str:
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise RowError(f"`{name}` is {type(value).__name__}, not a text")
+    if isinstance(value, float) and math.isnan(value):
+        raise RowError(f"`{name}` is NaN")
     text = str(value).strip()
     if not text:
         raise RowError(f"`{name}` is empty")

@@ -89,8 +89,8 @@ def place(texts: pd.DataFrame, fractions: FractionSettings) -> Placed:
     first = joined.head(1).assign(answers=joined["answers"].agg(_union).tolist())
     rows: dict[int, list[tuple[str, str, str, list[str], str]]] = {}
     columns = ["entry", "split", "task", "question", "answers", "source"]
-    for number, *row in first[columns].itertuples(index=False):
-        rows.setdefault(number, []).append(tuple(row))
+    for number, split, task, question, answers, source in first[columns].itertuples(index=False):
+        rows.setdefault(int(number), []).append((split, task, question, answers, source))
     return Placed(rows, problems, unseen_answers(first))
 
 

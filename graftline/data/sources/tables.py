@@ -11,7 +11,6 @@ from typing import Any
 from graftline.data.files import FileHashes, inside, read_file
 from graftline.data.rows import MediaError
 from graftline.data.sources.entries import (
-    Columns,
     Entry,
     Medium,
     RowError,
@@ -126,14 +125,14 @@ class FolderSource:
                 if isinstance(values, RowError):
                     yield Entry(place, split, problems=(str(values),))
                     continue
-                columns = self._columns(table, tuple(values))
+                try:
+                    columns = columns_of(tuple(values), self._settings.columns, FILE_NAME)
+                except RowError as error:
+                    if table.suffix == ".csv":  # so it is in every row
+                        raise RowError(f"{table}: {error}") from error
+                    yield Entry(place, split, problems=(str(error),))
+                    continue
                 yield entry_of(place, values, columns, self._settings, split, medium)
-
-    def _columns(self, table: Path, names: tuple[str, ...]) -> Columns:
-        try:
-            return columns_of(names, self._settings.columns, FILE_NAME)
-        except RowError as error:
-            raise RowError(f"{table}: {error}") from error
 
 
 def _metadata(folder: Path) -> Path:

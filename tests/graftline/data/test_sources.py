@@ -163,8 +163,8 @@ def test_a_data_set_of_the_hub_is_read_at_its_commit(
         }
     )
 
-    def load(name: str, **words: object) -> datasets.DatasetDict:
-        asked.update(words, path=name)
+    def load(path: str, **words: object) -> datasets.DatasetDict:
+        asked.update(words, path=path)
         return parts
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -178,7 +178,7 @@ def test_a_data_set_of_the_hub_is_read_at_its_commit(
     }
     assert rows["test"][0]["media"] == pictures[6]["bytes"]
 
-    def refuse(name: str, **words: object) -> None:
+    def refuse(path: str, **words: object) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
