@@ -55,7 +55,11 @@ def inner_vectors(connector: MixerConnector, features: Tensor) -> Tensor:
         float32 (rows, inner width).
     """
     seen: list[Tensor] = []
-    hook = connector.project.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+
+    def note(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        seen.append(given[0])
+
+    hook = connector.project.register_forward_pre_hook(note)
     try:
         connector(features.to(connector.mean.device))
     finally:

@@ -86,7 +86,8 @@ def merge_weighted(
             raise CannotMerge(f"{previous} and {vanilla} hold different tensors: {odd}")
         numbers = [int(found[1]) for name in names if (found := _LAYER.search(name))]
         layers = max(numbers, default=0) + 1
-        used, merged = {}, {}
+        used: dict[str, float] = {}
+        merged: dict[str, Tensor] = {}
         for name in names:
             used[name] = layer_coefficient(_layer_of(name, layers), layers, coefficient, depth)
             try:
