@@ -12,6 +12,7 @@ from prefect.runtime import flow_run
 
 from flows.continual import continual
 from flows.data import versioned
+from flows.dispatch import carry_out_all
 from graftline.budget import plans_of
 from graftline.comparison import BASELINE, comparison_of
 from graftline.plan import Reference
@@ -25,10 +26,12 @@ from tasks.comparing import (
     reports_of,
     write_comparison,
 )
+from tasks.dispatch import check_workers
 from tasks.interruption import closed_when_stopped
 from tasks.outputs import compare_folder, report_folder, run_name, usual_order
 from tasks.preflight import check_folders
 from tasks.records import recorded_run
+from tasks.references import Place
 from tasks.stale import close_dead_runs, close_own_run
 from tasks.tracking import comparison_run
 
@@ -68,6 +71,7 @@ def compare(
     }
     usual, folder = usual_order(recipe_path), compare_folder(recipe.name)
     check_folders(recipe, folder)
+    check_workers(recipe)
     close_dead_runs(recipe.store)
     with (
         recorded_run(recipe.store) as record,
@@ -77,6 +81,10 @@ def compare(
         data = versioned(recipe)
         groups: dict[str, list[Path]] = {method: [] for method in wanted.methods}
         plans, done = plans_of(recipe_path, wanted, overrides or {}, data.files), set[Reference]()
+        if recipe.execution.where == "workers":
+            machine = recipe.execution
+            place = Place(recipe.store, recipe.data.folder, machine.device, machine.slots)
+            carry_out_all([plan for _, plan in plans], place, data)
         for run, plan in plans:
             report = report_folder(plan.recipe, usual)
             name = run_name(plan.recipe, usual)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.data import versioned
-from flows.dispatch import WAITING, sent_out
+from flows.dispatch import carry_out_there, step_job
 from flows.slots import Job, carry_out
 from graftline.execution import is_done
-from graftline.recipe import load_recipe
+from graftline.recipe import Recipe, load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.stores import open_store
 from tasks.dispatch import check_workers
@@ -25,15 +25,7 @@ from tasks.records import RunRecord, recorded_run
 from tasks.references import DataVersion, Place
 from tasks.report import record_stage, register_model, write_run_report
 from tasks.stale import close_dead_runs, close_lost_runs, close_own_run
-from tasks.steps import (
-    FINE_TUNING,
-    TASKS,
-    WEIGHTS,
-    by_stage,
-    note_reused,
-    scores_of_stage,
-    unfinished,
-)
+from tasks.steps import by_stage, note_reused, scores_of_stage, unfinished
 from tasks.tracking import tag_run, tracked_run
 
 
@@ -93,7 +85,8 @@ def carry_out_run(
         finish: what is done last, with the id in MLflow of the last stage's model.
     """
     recipe = plan.recipe
-    check_disk(plan, open_store(recipe.store))
+    if recipe.execution.where == "here":
+        check_disk(plan, open_store(recipe.store))
     tags = {"prefect_flow_run_id": str(flow_run.id), "prefect_url": str(flow_run.ui_url)}
     with tracked_run(recipe, name, plan.fingerprint, data, tags) as tracked:
         record.note(mlflow_uri=tracked.uri, mlflow_run=tracked.run_id)
@@ -121,6 +114,7 @@ def carry_out_stages(plan: RunPlan, place: Place, data: DataVersion) -> str | No
         The id in MLflow of the last stage's model.
     """
     jobs: list[Job] = []
+    recipes: dict[Hashable, Recipe] = {}
     records: list[str] = []
     store, reused = open_store(place.store), set()
     for stage, steps in by_stage(plan):
@@ -129,21 +123,18 @@ def carry_out_stages(plan: RunPlan, place: Place, data: DataVersion) -> str | No
                 note_reused(step, place)
                 reused.add(step.reference)
                 continue
-            arguments = {"step": step, "place": place}
             parents = tuple(p for p in step.parents.values() if p not in reused)
-            weight = WEIGHTS.get(step.kind, 1.0)
-            shared = "fine-tune" if step.kind in FINE_TUNING else None
-            jobs.append(Job(step.reference, TASKS[step.kind], arguments, parents, weight, shared))
+            jobs.append(step_job(step, place, parents))
+            recipes[step.reference] = plan.recipe
         scores = (score.reference for score in scores_of_stage(plan, stage))
         measured = [reference for reference in scores if reference not in reused]
         arguments = {"plan": plan, "stage": stage, "place": place, "data": data}
         jobs.append(Job(f"stage {stage}", record_stage, arguments, (*records[-1:], *measured)))
         records.append(f"stage {stage}")
     execution = plan.recipe.execution
-    slots, limits = execution.slots, {"fine-tune": execution.fine_tunings}
     if execution.where == "workers":
-        jobs = sent_out(jobs, plan, place, data)
-        slots, limits = max(slots, min(len(jobs), WAITING)), {"here": slots}
-    futures = carry_out(jobs, slots, limits)
+        futures = carry_out_there(jobs, recipes, place, data)
+    else:
+        futures = carry_out(jobs, execution.slots, {"fine-tune": execution.fine_tunings})
     models = [futures[name].result() for name in records]
     return next((model for model in reversed(models) if model is not None), None)

@@ -2,39 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
-from flows.slots import Job
-from graftline.plan import Step
+from prefect.futures import PrefectFuture
+
+from flows.slots import Job, carry_out
+from graftline.execution import is_done
+from graftline.plan import Reference, Step
+from graftline.recipe import Recipe
 from graftline.run_plan import RunPlan
+from graftline.stores import open_store
 from tasks.dispatch import Chain, on_a_worker
 from tasks.references import DataVersion, Place
+from tasks.steps import FINE_TUNING, TASKS, WEIGHTS, by_stage
 
 HERE = ("backbone", "features")
 """Kinds that read the data folder or a package: they run where the run was started."""
-WAITING = 64
-"""How many sent jobs a run waits for at once: a thread each, that sleeps."""
+_WAITING = 64  # how many sent jobs a run waits for at once: a thread each, that sleeps
 
 
-def sent_out(jobs: Sequence[Job], plan: RunPlan, place: Place, data: DataVersion) -> list[Job]:
-    """Jobs that send steps out, and what stays.
+def step_job(step: Step, place: Place, needs: tuple[Hashable, ...]) -> Job:
+    """A step as a job of this machine."""
+    shared = "fine-tune" if step.kind in FINE_TUNING else None
+    arguments = {"step": step, "place": place}
+    weight = WEIGHTS.get(step.kind, 1.0)
+    return Job(step.reference, TASKS[step.kind], arguments, needs, weight, shared)
+
+
+def carry_out_there(
+    jobs: Sequence[Job], recipes: Mapping[Hashable, Recipe], place: Place, data: DataVersion
+) -> dict[Hashable, PrefectFuture[Any]]:
+    """Runs all jobs, their steps on workers; holds no slot while it waits.
+
+    Args:
+        jobs: as if they ran here, needs before who needs them.
+        recipes: job of a step -> a recipe whose plan has that step.
+        place: where artifacts lie.
+        data: the data's version.
+
+    Returns:
+        name -> finished future; steps that travel together have the first one's name.
+    """
+    sent = sent_out(jobs, recipes, place, data)
+    slots = max(place.slots, min(len(sent), _WAITING))
+    return carry_out(sent, slots, {"here": place.slots})
+
+
+def carry_out_all(plans: Sequence[RunPlan], place: Place, data: DataVersion) -> None:
+    """Has workers compute what several runs lack, what they share once; the runs then find it."""
+    store = open_store(place.store)
+    jobs: list[Job] = []
+    recipes: dict[Hashable, Recipe] = {}
+    done: set[Reference] = set()
+    for plan in plans:
+        for step in (step for _, steps in by_stage(plan) for step in steps):
+            name = step.reference
+            if name in recipes or name in done:
+                continue
+            if is_done(step, store):
+                done.add(name)
+                continue
+            recipes[name] = plan.recipe
+            needs = tuple(parent for parent in step.parents.values() if parent in recipes)
+            jobs.append(step_job(step, place, needs))
+    if jobs:
+        carry_out_there(jobs, recipes, place, data)
+
+
+def sent_out(
+    jobs: Sequence[Job], recipes: Mapping[Hashable, Recipe], place: Place, data: DataVersion
+) -> list[Job]:
+    """Jobs that send steps out, and what stays; see `carry_out_there`.
 
     A step travels with the one before it if that one has no other successor among what is sent:
     an expert is aligned, fine-tuned and asked in one go; connectors that are realigned and
     modalities that are asked go out side by side.
-
-    Args:
-        jobs: what a run does here, needs before who needs them.
-        plan: the run.
-        place: where its artifacts lie.
-        data: the data's version.
     """
     travels = {
         job.name: job.arguments["step"]
         for job in jobs
-        if isinstance(job.arguments.get("step"), Step) and job.arguments["step"].kind not in HERE
+        if job.name in recipes and job.arguments["step"].kind not in HERE
     }
-    chains = _chains(jobs, travels)
+    chains = _chains(jobs, travels, recipes)
     head = {name: chain[0] for chain in chains for name in chain}
     last = {chain[-1]: chain for chain in chains}
     by_name = {job.name: job for job in jobs}
@@ -46,14 +96,13 @@ def sent_out(jobs: Sequence[Job], plan: RunPlan, place: Place, data: DataVersion
         needs = [head.get(n, n) for name in chain for n in by_name[name].needs]
         outside = tuple(dict.fromkeys(n for n in needs if n != chain[0]))
         if job.name not in travels:
-            kind = "here" if "step" in job.arguments else job.shared
+            kind = "here" if job.name in recipes else job.shared
             found.append(Job(job.name, job.task, job.arguments, outside, job.weight, kind))
             continue
         weight = sum(by_name[name].weight for name in chain)
-        steps = Chain(tuple(travels[name] for name in chain))
         arguments = {
-            "chain": steps,
-            "recipe": plan.recipe.model_dump(mode="json"),
+            "chain": Chain(tuple(travels[name] for name in chain)),
+            "recipe": recipes[chain[0]].model_dump(mode="json"),
             "data_files": {name: dict(files) for name, files in data.files.items()},
             "place": place,
         }
@@ -61,7 +110,9 @@ def sent_out(jobs: Sequence[Job], plan: RunPlan, place: Place, data: DataVersion
     return found
 
 
-def _chains(jobs: Sequence[Job], travels: dict[Hashable, Step]) -> list[list[Hashable]]:
+def _chains(
+    jobs: Sequence[Job], travels: Mapping[Hashable, Step], recipes: Mapping[Hashable, Recipe]
+) -> list[list[Hashable]]:
     followers: dict[Hashable, int] = {}
     for job in jobs:
         for name in job.needs if job.name in travels else ():
@@ -71,7 +122,8 @@ def _chains(jobs: Sequence[Job], travels: dict[Hashable, Step]) -> list[list[Has
         if job.name in travels:
             before = [name for name in job.needs if name in travels]
             alone = len(before) == 1 and followers[before[0]] == 1
-            chain = chain_of[before[0]] if alone else []
+            joins = alone and recipes[before[0]] is recipes[job.name]
+            chain = chain_of[before[0]] if joins else []
             chain.append(job.name)
             chain_of[job.name] = chain
     return list({id(chain): chain for chain in chain_of.values()}.values())

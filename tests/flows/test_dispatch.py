@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flows.dispatch import HERE, sent_out
+from flows.dispatch import HERE, sent_out, step_job
 from flows.slots import Job
 from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from tasks.references import DataVersion, Place
-from tasks.steps import TASKS, by_stage
+from tasks.steps import by_stage
 
 TINY = Path(__file__).resolve().parents[2] / "params/tiny.yaml"
 FILES = {
@@ -23,12 +23,7 @@ DATA = DataVersion("data", "0" * 32, FILES, "data.dvc")
 def _jobs(method: str) -> tuple[RunPlan, list[Job]]:
     plan = plan_run(load_recipe(TINY, {"method": method}), FILES)
     jobs = [
-        Job(
-            step.reference,
-            TASKS[step.kind],
-            {"step": step, "place": PLACE},
-            tuple(step.parents.values()),
-        )
+        step_job(step, PLACE, tuple(step.parents.values()))
         for _, steps in by_stage(plan)
         for step in steps
     ]
@@ -38,7 +33,7 @@ def _jobs(method: str) -> tuple[RunPlan, list[Job]]:
 def test_every_step_goes_once_after_what_it_needs():
     for method in ("mera", "mmer", "ewc"):
         plan, jobs = _jobs(method)
-        sent = sent_out(jobs, plan, PLACE, DATA)
+        sent = sent_out(jobs, dict.fromkeys((job.name for job in jobs), plan.recipe), PLACE, DATA)
         seen, finished = set(), set()
         for job in sent:
             assert set(job.needs) <= {other.name for other in sent}
@@ -60,7 +55,9 @@ def test_an_expert_travels_in_one_go_and_realigning_side_by_side():
     plan, jobs = _jobs("mera")
     chains = [
         [step.kind for step in job.arguments["chain"].steps]
-        for job in sent_out(jobs, plan, PLACE, DATA)
+        for job in sent_out(
+            jobs, dict.fromkeys((job.name for job in jobs), plan.recipe), PLACE, DATA
+        )
         if "chain" in job.arguments
     ]
     assert chains.count(["align", "fine-tune", "evaluate"]) == 3  # the first is stage 1's model
