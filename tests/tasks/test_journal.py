@@ -21,7 +21,7 @@ from graftline.recipe import load_recipe
 from tasks import tracking
 from tasks.journal import PROMISED, Away, Journal, Refused
 from tasks.references import DataVersion
-from tasks.ui import _free_port
+from tasks.ui import free_port
 
 TINY = Path(__file__).resolve().parents[2] / "params/tiny.yaml"
 
@@ -123,7 +123,7 @@ def _mlflow(database: Path, port: int) -> Iterator[None]:
 @pytest.mark.slow
 def test_mlflow_learns_what_it_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    port, database = _free_port(), tmp_path / "server.db"
+    port, database = free_port(), tmp_path / "server.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     recipe, data = load_recipe(TINY), DataVersion("data", "0" * 32, {}, "data.dvc")
