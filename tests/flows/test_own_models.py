@@ -116,6 +116,9 @@ def test_a_run_with_models_of_ones_own(fresh, monkeypatch, tmp_path):
     assert "the user, transformers" in (folder / "bundle/README.md").read_text()
     question = ("--image", "red.png", "What is this?")
     assert _called("ask", "bundle", *question) == _called("ask", "params/own.yaml", *question)
+    np.save(folder / "machine.npy", np.zeros((64, 3), np.float32))
+    sensor = ("--show", "vibration=machine.npy", "How does the machine run?")
+    assert _called("ask", "bundle", *sensor) == _called("ask", "params/own.yaml", *sensor)
     pico_clip(folder / "models/clip", hidden_size=48)
     with pytest.raises(
         GraftlineError, match="its image encoder transformers:models/clip has the digest"
