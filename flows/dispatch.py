@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -113,17 +114,17 @@ def sent_out(
 def _chains(
     jobs: Sequence[Job], travels: Mapping[Hashable, Step], recipes: Mapping[Hashable, Recipe]
 ) -> list[list[Hashable]]:
-    followers: dict[Hashable, int] = {}
-    for job in jobs:
-        for name in job.needs if job.name in travels else ():
-            followers[name] = followers.get(name, 0) + 1
+    needs = {
+        job.name: {n for n in job.needs if n in travels} for job in jobs if job.name in travels
+    }
+    followers = Counter(name for each in needs.values() for name in each)
     chain_of: dict[Hashable, list[Hashable]] = {}
-    for job in jobs:
-        if job.name in travels:
-            before = [name for name in job.needs if name in travels]
-            alone = len(before) == 1 and followers[before[0]] == 1
-            joins = alone and recipes[before[0]] is recipes[job.name]
-            chain = chain_of[before[0]] if joins else []
-            chain.append(job.name)
-            chain_of[job.name] = chain
+    for name, before in needs.items():
+        chain: list[Hashable] = []
+        for other in before:
+            known = {n for member in chain_of[other] for n in (member, *needs[member])}
+            if followers[other] == 1 and before <= known and recipes[other] is recipes[name]:
+                chain = chain_of[other]
+        chain.append(name)
+        chain_of[name] = chain
     return list({id(chain): chain for chain in chain_of.values()}.values())

@@ -42,8 +42,8 @@ CACHE_VARIABLE = "GRAFTLINE_STORE_CACHE"
 LIMIT_VARIABLE = "GRAFTLINE_STORE_CACHE_GB"
 _DEFAULT_CACHE = "~/.cache/graftline/stores"
 _DEFAULT_GIGABYTES = 100.0
-# Their writes appear whole or not at all, which a plain folder's do not.
-_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "memory")
+# Its writes appear whole or not at all, which a plain folder's do not; others were not tried.
+_PROTOCOLS = ("s3", "s3a")
 _KEPT_SECONDS = 3600.0
 _LARGE = ".safetensors"
 
@@ -90,7 +90,7 @@ class SharedStore(Store):
         protocol, _, rest = self.url.partition("://")
         if protocol not in _PROTOCOLS:
             raise GraftlineError(
-                f"{url}: the artifact store cannot be there; name a local folder, or a URL of"
+                f"{url}: the artifact store cannot be there; name a local folder, or a URL with"
                 f" {', '.join(_PROTOCOLS)}."
             )
         if "@" in rest.partition("/")[0]:

@@ -100,7 +100,10 @@ class Lab:
 
 
 def tied(command: list[str], user: str | None = None) -> list[str]:
-    """A command that is killed when the tests end, however they do."""
+    """A command that is killed when the tests end, however they do.
+
+    Where the tests are killed themselves, what the command started outlives it.
+    """
     rights = ["--reuid", user, "--regid", user, "--init-groups"] if user else []
     return ["setpriv", "--pdeathsig", "KILL", *rights, *command]
 
