@@ -95,9 +95,9 @@ def grow(
     learned: dict[str, Model] = {}
     for index, modality in enumerate(order, start=1):
         stage = add_stage(planner, model, modality, index, merge, realign, learned)
-        learned[modality] = stage.vanilla
         stages.append(stage)
-        model = Model((stage.merged or stage.vanilla).backbone, stage.final.connectors)
+        learned[modality] = stage.vanilla or stage.final
+        model = Model((stage.merged or learned[modality]).backbone, stage.final.connectors)
     return stages
 
 

@@ -86,7 +86,8 @@ def correcting_map(old: Tensor, new: Tensor, ridge: float) -> Tensor:
     """
     gram = new.T @ new
     pull = torch.eye(len(gram), dtype=gram.dtype) * (ridge * gram.diagonal().mean())
-    return torch.linalg.solve(gram + pull, new.T @ old + pull)
+    solved: Tensor = torch.linalg.solve(gram + pull, new.T @ old + pull)
+    return solved
 
 
 @torch.no_grad()
