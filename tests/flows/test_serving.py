@@ -61,12 +61,12 @@ def test_the_run_that_made_it_leads_to_it(loaded):
     assert run.data.tags["mlflow.runName"] == "mera seed 0"
     assert loaded.metadata.metadata["run_id"] == version.run_id
     assert version.tags["fingerprint"] == run.data.tags["fingerprint"]
-    assert MlflowClient().get_logged_model(version.model_id).status == "READY"
+    model = MlflowClient().get_logged_model(loaded.metadata.model_id)
+    assert model.status == "READY" and version.source == f"models:/{model.model_id}"
 
 
 def test_weights_are_linked_and_nothing_is_pickled(loaded):
-    version = MlflowClient().get_model_version_by_alias("tiny", "mera")
-    location = MlflowClient().get_logged_model(version.model_id).artifact_location
+    location = MlflowClient().get_logged_model(loaded.metadata.model_id).artifact_location
     files = list(Path(location.removeprefix("file://")).rglob("*"))
     assert not [p.name for p in files if p.suffix in (".pkl", ".safetensors", ".bin")]
     names = {p.name for p in files}
