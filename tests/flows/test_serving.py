@@ -44,10 +44,6 @@ def loaded(used):
     return mlflow.pyfunc.load_model(MODEL)
 
 
-def _model_id(version):
-    return version.source.removeprefix("models:/")
-
-
 def test_it_answers_as_the_model_does(loaded, used, monkeypatch):
     monkeypatch.setattr("graftline.asking.asker.answer_batches", echo)
     shown = [["image"], ["audio", "point_cloud"], []]
@@ -65,12 +61,12 @@ def test_the_run_that_made_it_leads_to_it(loaded):
     assert run.data.tags["mlflow.runName"] == "mera seed 0"
     assert loaded.metadata.metadata["run_id"] == version.run_id
     assert version.tags["fingerprint"] == run.data.tags["fingerprint"]
-    assert MlflowClient().get_logged_model(_model_id(version)).status == "READY"
+    model = MlflowClient().get_logged_model(loaded.metadata.model_id)
+    assert model.status == "READY" and version.source == f"models:/{model.model_id}"
 
 
 def test_weights_are_linked_and_nothing_is_pickled(loaded):
-    version = MlflowClient().get_model_version_by_alias("tiny", "mera")
-    location = MlflowClient().get_logged_model(_model_id(version)).artifact_location
+    location = MlflowClient().get_logged_model(loaded.metadata.model_id).artifact_location
     files = list(Path(location.removeprefix("file://")).rglob("*"))
     assert not [p.name for p in files if p.suffix in (".pkl", ".safetensors", ".bin")]
     names = {p.name for p in files}
