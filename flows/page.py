@@ -18,7 +18,7 @@ from typing import Any
 
 from graftline.asking.asker import Asker
 from graftline.asking.conversation import Turn, check_question
-from graftline.asking.media import MAX_FILE_BYTES
+from graftline.data.files import MAX_FILE_BYTES
 from graftline.errors import GraftlineError
 from tasks.choices import Choice
 

@@ -29,7 +29,9 @@ def test_they_run_on_mera_s_stages_and_are_compared(copy):
     aliases = {alias for (alias,) in copy.mlflow("select alias from registered_model_aliases")}
     assert "mera-plus-image-audio" in aliases
     path = "reports/tiny/mera+/order-image-audio/seed-0/metrics.json"
-    assert json.loads((copy.folder / path).read_text())["brg"] is not None
+    metrics = json.loads((copy.folder / path).read_text())
+    # the random LLM may have learned nothing that could be kept; then that is what is said
+    assert metrics["brg"] is not None or "brg" in metrics["undefined"]
     losses = copy.mlflow("select count(*) from metrics where key = 'loss.distil.image'")
     assert losses[0][0] == 4
 
