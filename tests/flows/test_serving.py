@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
@@ -125,6 +126,8 @@ def test_mlflow_serves_it(used):
     environment = {
         **Project(used).environment(),
         "MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"],
+        # MLflow starts uvicorn by its name
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     process = subprocess.Popen(
         arguments, cwd=used, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
@@ -140,5 +143,6 @@ def test_mlflow_serves_it(used):
         assert error.value.code == 400
         assert b"row 1, image: is no base64" in error.value.read()
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
