@@ -52,7 +52,7 @@ def register() -> None:
     """Lets records of every kind build their connector; harmless when called again."""
     # A linear connector has a layer without units, of which torch warns.
     warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
-    ConnectorRecord.build = _build  # type: ignore[method-assign]
+    ConnectorRecord.build = _build  # type: ignore[method-assign, assignment]
 
 
 register()
