@@ -54,7 +54,7 @@ def test_it_is_priced_and_says_what_to_fill_in(recipe):
     assert found["inference_flops"] > asked + encoded
     total = found["training_flops"] + found["inference_flops"]
     assert found["gpu_hours"] == pytest.approx(total / 120e12 / 3600)
-    assert 1 < found["gpu_hours"] < 10_000
+    assert 1 < found["gpu_hours"] < 100
     # bf16 weights, and what LoRA of rank 128 and the largest connector train beside them
     assert 2 * PARAMETERS[recipe] < found["memory_bytes"] < 4 * PARAMETERS[recipe]
     assert found["disk_bytes"] > 5 * 2 * PARAMETERS[recipe]
