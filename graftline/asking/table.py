@@ -10,7 +10,7 @@ from pathlib import Path
 
 from graftline.asking.asker import Asker
 from graftline.asking.conversation import Turn, check_question
-from graftline.data.files import inside
+from graftline.data.files import inside, open_text
 from graftline.durable import atomic_write_text
 from graftline.errors import GraftlineError
 from graftline.progress import track
@@ -90,16 +90,9 @@ def read_questions(path: Path, asker: Asker) -> QuestionTable:
 def _lines(path: Path) -> tuple[tuple[str, ...], list[tuple[int, tuple[str, ...]]]]:
     """The header, and (line of the file, fields) of each row."""
     try:
-        # a byte order mark, as spreadsheets write it, is no part of the first column's name
-        with path.open(encoding="utf-8-sig", newline="") as stream:
+        with open_text(path, newline="") as stream:
             reader = csv.reader(stream, strict=True)
             header, *lines = [(reader.line_num, tuple(line)) for line in reader if line]
-    except UnicodeDecodeError as error:
-        raise GraftlineError(f"{path}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise GraftlineError(f"{path}: is not a readable CSV ({error}); save it anew") from error
-    except OSError as error:
-        raise GraftlineError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise GraftlineError(f"{path}: is empty; it needs a header and rows") from error
     columns = tuple(name.strip() for name in header[1])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +18,28 @@ from graftline.durable import atomic_write_bytes, file_sha256
 from graftline.errors import GraftlineError
 
 MAX_FILE_BYTES = 1 << 30
+
+
+@contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """Opens a table's text, CSV or JSON lines, less the byte order mark that spreadsheets write.
+
+    Args:
+        path: the file.
+        newline: as of `open`; empty for CSV.
+
+    Raises:
+        GraftlineError: what is read inside is no UTF-8 or no CSV, or the file cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as stream:
+            yield stream
+    except UnicodeDecodeError as error:
+        raise GraftlineError(f"{path}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise GraftlineError(f"{path}: is not a readable CSV ({error}); save it anew") from error
+    except OSError as error:
+        raise GraftlineError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def inside(folder: Path, name: str) -> Path:

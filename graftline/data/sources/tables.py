@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graftline.data.files import FileHashes, inside, read_file
+from graftline.data.files import FileHashes, inside, open_text, read_file
 from graftline.data.rows import MediaError
 from graftline.data.sources.entries import (
     Entry,
@@ -147,41 +147,28 @@ def _metadata(folder: Path) -> Path:
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """(line of the file in which it ends, row) of each row of a CSV."""
-    try:
-        # a byte order mark, as spreadsheets write it, is no part of the first column's name
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            if not header:
-                raise GraftlineError(f"{path}: is empty; it needs a header and rows")
-            repeated = sorted({name for name in header if header.count(name) > 1})
-            if repeated:
-                raise GraftlineError(f"{path}: names the column {', '.join(repeated)} twice")
-            for fields in reader:
-                if len(fields) == len(header):
-                    yield reader.line_num, dict(zip(header, fields, strict=True))
-                elif fields:
-                    wrong = RowError(f"has {len(fields)} fields, the header {len(header)}")
-                    yield reader.line_num, wrong
-    except UnicodeDecodeError as error:
-        raise GraftlineError(f"{path}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise GraftlineError(f"{path}: is not a readable CSV ({error}); save it anew") from error
-    except OSError as error:
-        raise GraftlineError(f"{path}: cannot be read ({error.strerror})") from error
+    with open_text(path, newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        header = [name.strip() for name in next(reader, [])]
+        if not header:
+            raise GraftlineError(f"{path}: is empty; it needs a header and rows")
+        repeated = sorted({name for name in header if header.count(name) > 1})
+        if repeated:
+            raise GraftlineError(f"{path}: names the column {', '.join(repeated)} twice")
+        for fields in reader:
+            if len(fields) == len(header):
+                yield reader.line_num, dict(zip(header, fields, strict=True))
+            elif fields:
+                wrong = RowError(f"has {len(fields)} fields, the header {len(header)}")
+                yield reader.line_num, wrong
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """(line, object) of each line of a file of JSON lines."""
-    try:
-        with path.open(encoding="utf-8-sig") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, _object(line)
-    except UnicodeDecodeError as error:
-        raise GraftlineError(f"{path}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except OSError as error:
-        raise GraftlineError(f"{path}: cannot be read ({error.strerror})") from error
+    with open_text(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield number, _object(line)
 
 
 def _object(line: str) -> dict[str, Any] | RowError:
