@@ -167,28 +167,30 @@ def retention_against_storage(
     if not points:
         raise EvaluationError("no method has both a retention and a size: nothing to draw")
     figure, axes = _figure(5.6)
-    groups: dict[float, list[tuple[float, str, str]]] = {}
-    for number, (name, bits, retention) in enumerate(points):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    for number, (name, bits, retention) in enumerate(sorted(points, key=_retained, reverse=True)):
+        turn, place = divmod(number, len(COLOURS))  # no two share colour and marker
+        colour, marker = COLOURS[place], MARKERS[(place + turn) % len(MARKERS)]
         value = retention.estimate or 0.0
         known = retention.low is not None and retention.high is not None
         spread = [[value - (retention.low or 0.0)], [(retention.high or 0.0) - value]]
         axes.errorbar(
             [bits], [value], yerr=spread if known else None, color=colour, marker=marker, ms=8,
-            capsize=3, ls="none", zorder=3,
+            capsize=3, ls="none", zorder=3, label=f"{name}: {value:.1f} % at {bits:.0f} bits",
         )  # fmt: skip
-        groups.setdefault(round(bits), []).append((value, name, colour))
-    largest = max(bits for _, bits, _ in points)
-    axes.set_xlim(0.0, 1.3 * largest)
+    axes.set_xlim(0.0, 1.1 * max(bits for _, bits, _ in points))
     axes.set_ylim(0.0, 110.0)
-    for at, ends in groups.items():
-        label_ends(axes, ends, at + 0.025 * largest, 4.6, (0.0, 110.0), ".1f")
+    # Methods that store the same bits lie on one line: names beside the points would cover them.
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, handlelength=1.0)
     axes.axhline(100.0, color=MUTED, lw=1.0, ls=(0, (4, 3)), zorder=1)
     axes.set_xlabel("bits stored for each parameter of the backbone", color=MUTED)
     axes.set_ylabel("retention in %", color=MUTED)
     open_frame(axes)
     _titles(figure, title or "Retention against storage", "Dashed: the experts, each alone.")
     save(figure, path)
+
+
+def _retained(point: tuple[str, float, Interval]) -> float:
+    return point[2].estimate or 0.0
 
 
 def _matrix_rows(
