@@ -8,21 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.runtime import flow_run
 
-from flows.continual import carry_out_run
+from flows.continual import carry_out_run, opened_run
 from flows.data import versioned
 from graftline.adding import check_recipe, plan_addition, take_in
 from graftline.asking.bundle import refuse_existing
 from graftline.recipe import load_recipe
 from graftline.stores import open_store
 from tasks.addition import export_addition
-from tasks.interruption import closed_when_stopped
 from tasks.outputs import addition_folder
-from tasks.preflight import check_folders
-from tasks.records import recorded_run
 from tasks.references import Place
-from tasks.stale import close_dead_runs, close_own_run
 
 
 @flow(name="add", persist_result=False, validate_parameters=False)
@@ -45,19 +40,11 @@ def add(recipe_path: str, model: str, out: str, overrides: Mapping[str, Any] | N
     known = check_recipe(recipe, origin)
     [new] = [name for name in recipe.order if name not in known.encoders]
     folder = addition_folder(recipe, new)
-    check_folders(recipe, folder)
-    close_dead_runs(recipe.store)
-    store = open_store(recipe.store)
-    store.sweep()
     started = time.monotonic()
-    with (
-        recorded_run(recipe.store) as record,
-        closed_when_stopped(lambda: close_own_run(record)),
-    ):
-        record.note(prefect_flow_run=str(flow_run.id))
+    with opened_run(recipe, folder) as record:
         data = versioned(recipe)
         addition = plan_addition(recipe, data.files, origin)
-        take_in(origin, store)
+        take_in(origin, open_store(recipe.store))
 
         def finish(_place: Place, _model_id: str | None) -> None:
             export_addition(addition, data, folder, target)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,8 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
     recipe = load_recipe(recipe_path, overrides)
     usual = usual_order(recipe_path)
     folder = report_folder(recipe, usual)
-    check_folders(recipe, folder)
-    check_workers(recipe)
-    close_dead_runs(recipe.store)
-    close_lost_runs(recipe.name)
-    open_store(recipe.store).sweep()
     started = time.monotonic()
-    with (
-        recorded_run(recipe.store) as record,
-        closed_when_stopped(lambda: close_own_run(record)),
-    ):
-        record.note(prefect_flow_run=str(flow_run.id))
+    with opened_run(recipe, folder) as record:
         data = versioned(recipe)
         plan = plan_run(recipe, data.files)
 
@@ -62,6 +54,30 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
 
         carry_out_run(plan, data, folder, run_name(recipe, usual), record, started, finish)
     return str(folder)
+
+
+@contextmanager
+def opened_run(recipe: Recipe, folder: Path) -> Iterator[RunRecord]:
+    """A run of this process while the context lasts; what dead runs left behind is closed first.
+
+    Args:
+        recipe: what is run.
+        folder: where its report goes.
+
+    Raises:
+        GraftlineError: a folder cannot be written, or the recipe's workers are not there.
+    """
+    check_folders(recipe, folder)
+    check_workers(recipe)
+    close_dead_runs(recipe.store)
+    close_lost_runs(recipe.name)
+    open_store(recipe.store).sweep()
+    with (
+        recorded_run(recipe.store) as record,
+        closed_when_stopped(lambda: close_own_run(record)),
+    ):
+        record.note(prefect_flow_run=str(flow_run.id))
+        yield record
 
 
 def carry_out_run(

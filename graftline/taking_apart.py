@@ -3,7 +3,8 @@
 Models in LLaVA's layout (Liu et al., arXiv 2304.08485) keep an encoder, a projector and an LLM in
 one folder. Apart, the LLM is a plain backbone that `graftline merge` reads, the encoder a plain
 encoder, and the connector a few matrices. What was taken apart is put together again from the new
-folder, by the few lines of `Recombined` alone, and must say the same as the whole.
+folder, and must say the same as the whole. The new folder is a model like an exported one: it can
+be asked, and `graftline add` grows it by one more modality.
 """
 
 from __future__ import annotations
@@ -11,20 +12,38 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from graftline import durable
+from graftline.asking.bundle import (
+    CARD,
+    DESCRIPTION,
+    INSIDE,
+    TAKEN_APART,
+    Description,
+    EncoderDescription,
+    sealed_as,
+)
+from graftline.asking.card import model_card
+from graftline.encoders import describe_encoder
 from graftline.errors import GraftlineError
 from graftline.manifest import FORMAT, fingerprint_of, seal
 from graftline.model.building import BUILDING
+from graftline.model.connector_kinds import register
+from graftline.model.loading import ConnectorRecord, read_connector, read_record, save_connector
+from graftline.model.projector import projector_shape
+from graftline.model_settings import TransformersEncoder
 
-PARTS, CONNECTOR = "parts.json", "connector.safetensors"
+register()
+PARTS, CONNECTORS = "parts.json", "connectors"
+LONGEST_ANSWER = 64
+"""Tokens of an answer; a model that was taken apart has no recipe that says it."""
 TOLERANCE = 1e-4
 """Largest difference of logits, as a share of the largest logit: other kernels round otherwise."""
 _MODELS = {
@@ -66,7 +85,7 @@ class Recombined:
 
     Args:
         folder: what `take_apart` made.
-        dtype: of all weights.
+        dtype: of backbone and encoder.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -80,8 +99,8 @@ class Recombined:
             given = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
             self.backbone = causal.from_pretrained(folder / "backbone", **given).eval()
             self.encoder = encoder.from_pretrained(folder / "encoder", **given).eval()
-        weights = load_file(folder / "connector" / CONNECTOR)
-        self.connector = {name: value.to(dtype) for name, value in weights.items()}
+        record = read_record(folder / CONNECTORS, self.joint.modality)
+        self.connector = read_connector(folder / CONNECTORS, record)
 
     @torch.inference_mode()
     def logits(self, token_ids: Tensor, media: Tensor) -> Tensor:
@@ -97,7 +116,7 @@ class Recombined:
         Raises:
             GraftlineError: the media do not fill their places exactly.
         """
-        vectors = self.connect(self.features(media))
+        vectors = self.connector(self.features(media)).flatten(0, 1)
         embeddings = self.backbone.get_input_embeddings()(token_ids)
         places = token_ids == self.joint.token_id
         if int(places.sum()) != len(vectors):
@@ -108,33 +127,24 @@ class Recombined:
 
     def features(self, media: Tensor) -> Tensor:
         """What the encoder says of media: (media, tokens, width)."""
-        if not self.joint.layers:
-            output: Tensor = self.encoder(media).last_hidden_state
-            return output
-        states = self.encoder(media, output_hidden_states=True).hidden_states
-        return torch.cat([states[layer][:, self.joint.skip :] for layer in self.joint.layers], -1)
+        return _features(self.encoder, self.joint, media)
 
-    def connect(self, features: Tensor) -> Tensor:
-        """Features (media, tokens, width) as input embeddings (all tokens, embedding width)."""
-        from transformers.activations import ACT2FN
 
-        grouped = features.reshape(-1, features.shape[-1] * self.joint.group)
-        if self.joint.activation is None:
-            return self._linear("linear", grouped)
-        act: Any = ACT2FN[self.joint.activation]
-        return self._linear("linear_2", act(self._linear("linear_1", grouped)))
-
-    def _linear(self, name: str, values: Tensor) -> Tensor:
-        weight, bias = self.connector[f"{name}.weight"], self.connector.get(f"{name}.bias")
-        return nn.functional.linear(values, weight, bias)
+def _features(encoder: Any, joint: Joint, media: Tensor) -> Tensor:
+    if not joint.layers:
+        output: Tensor = encoder(media).last_hidden_state
+        return output
+    states = encoder(media, output_hidden_states=True).hidden_states
+    return torch.cat([states[layer][:, joint.skip :] for layer in joint.layers], -1)
 
 
 def take_apart(folder: Path, out: Path) -> float:
     """Writes a model's backbone, encoder and connector into folders of their own.
 
     `out` gets `backbone/` (a causal LM with the tokenizer), `encoder/` (with what prepares its
-    media), `connector/`, `parts.json` and `manifest.json`. It appears whole or not at all, and only
-    if the parts together give the whole's logits.
+    media), `connectors/` and `parts.json`, and is a model as `graftline export` writes them, unless
+    its connector reads several layers at once, which no recipe can say; then it is the parts alone.
+    It appears whole or not at all, and only if the parts together give the whole's logits.
 
     Args:
         folder: a `transformers` folder of type llava, qwen2_audio or voxtral.
@@ -149,7 +159,7 @@ def take_apart(folder: Path, out: Path) -> float:
     """
     if os.path.lexists(out):
         raise GraftlineError(f"{out}: is there already; choose another --out, or remove it")
-    joint, model = _opened(folder)
+    joint, model, precision = _opened(folder)
     durable.make_folder(out.absolute().parent)
     temporary = durable.temporary_sibling(out.absolute())
     try:
@@ -159,17 +169,69 @@ def take_apart(folder: Path, out: Path) -> float:
             difference = _compare(model, Recombined(temporary), folder)
             content = {"joint": asdict(joint), "from": folder.name, "difference": difference}
             (temporary / PARTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            fingerprint = fingerprint_of("parts", parameters=content, parents={}, code="")
-            step = {"format": FORMAT, "kind": "parts", "fingerprint": fingerprint}
-            seal(temporary, {**step, "parameters": content, "parents": {}, "code": ""})
+            seal(temporary, _sealed_as(temporary, joint, folder.name, precision, content))
             durable.rename_new(temporary, out.absolute())
     finally:
         durable.remove(temporary)
     return difference
 
 
-def _opened(folder: Path) -> tuple[Joint, Any]:
-    """How a folder's parts go together, and the whole model in float32."""
+def _sealed_as(
+    out: Path, joint: Joint, called: str, precision: str, content: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the manifest says; writes what the model is, if a recipe can say how it encodes."""
+    if len(joint.layers) > 1 or joint.skip not in (0, 1):
+        step = {"format": FORMAT, "kind": "parts", "parameters": content, "parents": {}}
+        fingerprint = fingerprint_of("parts", parameters=content, parents={}, code="")
+        return {**step, "fingerprint": fingerprint, "code": ""}
+    description = _described(out, joint, called, precision)
+    text = json.dumps(description.model_dump(mode="json"), indent=2) + "\n"
+    (out / DESCRIPTION).write_text(text, encoding="utf-8")
+    (out / CARD).write_text(model_card(description, None), encoding="utf-8")
+    return sealed_as(description)
+
+
+def _described(out: Path, joint: Joint, called: str, precision: str) -> Description:
+    settings = {
+        "source": "transformers",
+        "folder": str(out / "encoder"),
+        "layer": joint.layers[0] if joint.layers else None,
+        "pooling": "patches" if joint.skip else "all",
+    }
+    encoder = describe_encoder(TransformersEncoder.model_validate(settings), joint.modality)
+    inside = {"folder": f"{INSIDE}encoder"}
+    own = {key: {**encoder[key], **inside} for key in ("settings", "weights")}
+    return Description(
+        recipe=called,
+        method=TAKEN_APART,
+        seed=0,
+        stage=1,
+        order=(joint.modality,),
+        data_md5="",
+        run_fingerprint="",
+        backbone=called,
+        backbone_part=None,
+        encoders={
+            joint.modality: EncoderDescription(
+                name="transformers:encoder",
+                sha256=encoder["sha256"],
+                part=None,
+                own={"media": joint.modality, **own},
+            )
+        },
+        experts=(),
+        adapters=(),
+        masked=False,
+        precision="bfloat16" if precision == "bfloat16" else "float32",
+        attention="auto",
+        system_prompt="",
+        text="merged",
+        max_new_tokens=LONGEST_ANSWER,
+    )
+
+
+def _opened(folder: Path) -> tuple[Joint, Any, str]:
+    """How a folder's parts go together, the whole model in float32, and its weights' own dtype."""
     with BUILDING:
         import transformers
 
@@ -193,7 +255,7 @@ def _opened(folder: Path) -> tuple[Joint, Any]:
     wrong = {key: sorted(names) for key, names in found.items() if names}
     if wrong:
         raise GraftlineError(f"{folder}: its weights do not belong to config.json: {wrong}")
-    return _joint(config), model.eval()
+    return _joint(config), model.eval(), str(config.dtype or "").removeprefix("torch.")
 
 
 def _joint(config: Any) -> Joint:
@@ -229,11 +291,18 @@ def _write_parts(model: Any, joint: Joint, folder: Path, out: Path) -> None:
     state["lm_head.weight"] = model.lm_head.weight
     backbone.load_state_dict(state, strict=True)
     backbone.save_pretrained(out / "backbone")
-    getattr(model.model, _MODELS[joint.model_type][1]).save_pretrained(out / "encoder")
-    (out / "connector").mkdir()
-    weights = model.model.multi_modal_projector.state_dict()
-    save_file({k: v.contiguous() for k, v in weights.items()}, out / "connector" / CONNECTOR)
+    tower = getattr(model.model, _MODELS[joint.model_type][1])
+    tower.save_pretrained(out / "encoder")
     (out / PARTS).write_text(json.dumps({"joint": asdict(joint)}), encoding="utf-8")
+    weights = model.model.multi_modal_projector.state_dict()
+    with torch.inference_mode():
+        tokens = _features(tower, joint, _drawn_media(model.config, joint.modality)).shape[1]
+    shape = projector_shape(weights, tokens, joint.group, joint.activation)
+    record = ConnectorRecord(joint.modality, shape, "the backbone that it was found with")
+    connector = record.build()
+    connector.load_state_dict(weights, strict=True)
+    (out / CONNECTORS).mkdir()
+    save_connector(out / CONNECTORS, record, connector)
     for file in sorted(folder.iterdir()):
         if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _OWN:
             place = "encoder" if file.name in _PREPROCESSING else "backbone"
@@ -270,19 +339,23 @@ def drawn_inputs(config: Any, parts: Recombined) -> tuple[Tensor, Tensor]:
     Returns:
         Token ids (2, length), and media as the encoder takes them.
     """
-    generator = torch.Generator().manual_seed(0)
-    if parts.joint.modality == "image":
-        side = config.vision_config.image_size
-        shape: tuple[int, ...] = (2, config.vision_config.num_channels, side, side)
-    else:
-        audio = config.audio_config
-        shape = (2, audio.num_mel_bins, 2 * audio.max_source_positions)
-    media = torch.randn(shape, generator=generator)
-    with torch.inference_mode():
-        places = len(parts.connect(parts.features(media))) // len(media)
+    media = _drawn_media(config, parts.joint.modality)
+    places = parts.connector.tokens
+    generator = torch.Generator().manual_seed(1)
     words = torch.randint(0, config.text_config.vocab_size, (2, 8), generator=generator)
     words[words == parts.joint.token_id] = (
         parts.joint.token_id + 1
     ) % config.text_config.vocab_size
     slots = torch.full((2, places), parts.joint.token_id)
     return torch.cat([words[:, :4], slots, words[:, 4:]], 1), media
+
+
+def _drawn_media(config: Any, modality: str) -> Tensor:
+    """Two media as the encoder takes them, of normal numbers from a fixed seed."""
+    if modality == "image":
+        side = config.vision_config.image_size
+        shape: tuple[int, ...] = (2, config.vision_config.num_channels, side, side)
+    else:
+        audio = config.audio_config
+        shape = (2, audio.num_mel_bins, 2 * audio.max_source_positions)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))

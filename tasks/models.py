@@ -29,7 +29,7 @@ from graftline.model.own_backbone import backbone_name
 from graftline.recipe import RecipeError, load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.stores import open_store
-from tasks.outputs import read_object, report_folder, usual_order
+from tasks.outputs import alias_of, read_object, report_folder, usual_order
 from tasks.own_data import known_data
 from tasks.references import DataVersion
 
@@ -133,8 +133,8 @@ def _from_registry(
 ) -> FinishedModel:
     from tasks.tracking import registered_tags
 
-    name = str(words["name"])
-    tags = registered_tags(name, words["alias"], words["version"])
+    name, alias = str(words["name"]), words["alias"]
+    tags = registered_tags(name, alias_of(alias) if alias else None, words["version"])
     found = {"method": tags["method"], "seed": int(tags["seed"])}
     return _made_by(model, name, tags["fingerprint"], {**found, **overrides}, stage)
 

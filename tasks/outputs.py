@@ -41,8 +41,12 @@ def run_name(recipe: Recipe, usual: Sequence[str]) -> str:
 def model_alias(recipe: Recipe, usual: Sequence[str]) -> str:
     """The alias of a run's last model among the recipe's registered models."""
     order = ["-".join(recipe.order)] if _unusual(recipe, usual) else []
-    method = recipe.method.replace("+", "-plus")  # MLflow takes letters, digits, - and _ alone
-    return "-".join([method, *order])
+    return "-".join([alias_of(recipe.method), *order])
+
+
+def alias_of(words: str) -> str:
+    """A method as MLflow takes it in an alias: letters, digits, - and _ alone."""
+    return words.replace("+", "-plus")
 
 
 def search_file(recipe: Recipe, rule: str) -> Path:

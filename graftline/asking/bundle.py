@@ -7,6 +7,7 @@
 - `backbone/`: a plain `transformers` folder; what text meets
 - `connectors/`: one a modality, with its record
 - `base/`, `experts/<modality>/`, `adapters/<modality>/`: where media meet weights of their own
+- `encoder/`: of a model that was taken apart
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ from graftline.model.whisper import WhisperAudioEncoder
 from graftline.progress import track
 
 DESCRIPTION, CARD = "model.json", "README.md"
-KIND = "model"
+KIND, INSIDE = "model", "./"
+"""Of manifests; and how the name of a folder begins that lies in the model's own."""
+TAKEN_APART = "taken-apart"
+"""In place of a method, for a model whose parts were found and not trained."""
 ENCODER_PARTS: Mapping[str, Part] = {
     ImageEncoder.name: EFFICIENTNET_LITE0,
     FrameEncoder.name: EFFICIENTNET_LITE0,
@@ -74,6 +78,18 @@ class EncoderDescription(_Described):
     def recorded(self) -> dict[str, Any]:
         """As a plan records the encoder."""
         return {"name": self.name, "sha256": self.sha256, **(self.own or {})}
+
+    def located(self, bundle: Path) -> EncoderDescription:
+        """The same, found from anywhere, if its weights lie in the model's own folder."""
+        weights = (self.own or {}).get("weights", {})
+        if not str(weights.get("folder", "")).startswith(INSIDE):
+            return self
+        assert self.own is not None
+        folder = str((bundle / weights["folder"]).resolve())
+        moved = {key: {**self.own[key], "folder": folder} for key in ("settings", "weights")}
+        return self.model_copy(
+            update={"name": f"transformers:{folder}", "own": {**self.own, **moved}}
+        )
 
 
 class Description(_Described):
@@ -167,7 +183,7 @@ def write_bundle(
             (temporary / CARD).write_text(card, encoding="utf-8")
             if measured:
                 (temporary / EXAMPLES).write_text(examples_csv(measured), encoding="utf-8")
-            seal(temporary, _step(description))
+            seal(temporary, sealed_as(description))
             durable.rename_new(temporary, out.absolute())
     except FileExistsError as error:
         raise _exists(out) from error
@@ -185,7 +201,8 @@ def _exists(out: Path) -> GraftlineError:
     return GraftlineError(f"{out}: is there already; choose another --out, or remove it")
 
 
-def _step(description: Description) -> dict[str, Any]:
+def sealed_as(description: Description) -> dict[str, Any]:
+    """What the manifest of an exported model says beside its files."""
     parameters = description.model_dump(mode="json")
     fingerprint = fingerprint_of(KIND, parameters=parameters, parents={}, code="")
     return {
@@ -244,6 +261,8 @@ def read_description(folder: Path) -> Description:
         raise GraftlineError(
             f"{path}: not what this version of Graftline exports ({error}); export it again"
         ) from error
+    encoders = {name: each.located(folder) for name, each in found.encoders.items()}
+    found = found.model_copy(update={"encoders": encoders})
     _check_encoders(folder, found)
     return found
 

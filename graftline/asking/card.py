@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from graftline.asking.bundle import DATA_PARTS, Description, describe_part
+from graftline.asking.bundle import DATA_PARTS, TAKEN_APART, Description, describe_part
 from graftline.methods import method_named
 from graftline.model_settings import StarterBackbone
 
@@ -61,6 +61,8 @@ def model_card(description: Description, metrics: Mapping[str, Any] | None) -> s
 
 def _method(name: str) -> str:
     """A method's name and the first line of what its code says of it."""
+    if name == TAKEN_APART:
+        return f"{name}: not trained here, but the parts of a finished model"
     said = (method_named(name).__doc__ or "").strip().splitlines()
     return f"{name}: {said[0].rstrip('.')}" if said else name
 

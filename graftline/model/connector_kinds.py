@@ -3,6 +3,7 @@
 - `mlp`: `MixerConnector`, a straight path and a perceptron over all tokens at once
 - `linear`: the same without its perceptron (its hidden layer has no units)
 - `resampler`: `ResamplerConnector`
+- of models that were taken apart: `ProjectorConnector`, which no recipe asks for
 
 Records tell the kinds apart by their shape. Nothing of the starter's artifacts changes by a new
 kind: parameters of `mlp` are what they were, and the code that reads connectors is in the
@@ -19,12 +20,13 @@ from typing import Any, cast
 from graftline.model.building import BUILDING
 from graftline.model.connectors import MixerConnector
 from graftline.model.loading import ConnectorRecord
+from graftline.model.projector import ProjectorConnector
 from graftline.model.resampler import ResamplerConnector
 from graftline.model_settings import ConnectorSettings
 from graftline.step_code import source_digest
 
-_RESAMPLED = "layers"
-"""What only a resampler's shape has."""
+_RESAMPLED, _PROJECTED = "layers", "group"
+"""What only a resampler's shape has, and only a projector's."""
 
 
 def connector_parameters(settings: ConnectorSettings) -> dict[str, Any]:
@@ -41,6 +43,8 @@ def build_connector(shape: Mapping[str, float | int]) -> MixerConnector:
     with BUILDING:
         if _RESAMPLED in shape:
             return cast(MixerConnector, ResamplerConnector(**shape))  # type: ignore[arg-type]
+        if _PROJECTED in shape:
+            return cast(MixerConnector, ProjectorConnector(**shape))  # type: ignore[arg-type]
         return MixerConnector(**shape)  # type: ignore[arg-type]
 
 

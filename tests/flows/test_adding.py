@@ -12,14 +12,17 @@ from flows import using
 from flows.cli_add import added_lines
 from graftline.adding import check_recipe, plan_addition, take_in
 from graftline.asking.asker import Asker
-from graftline.asking.bundle import content_digest, read_description
+from graftline.asking.bundle import content_digest, read_bundle, read_description
 from graftline.evaluation.report import read_report
+from graftline.model.backbone import make_tiny
 from graftline.recipe import RecipeError, load_recipe
 from graftline.store import Store
+from graftline.taking_apart import take_apart
 from tasks.data import known_version
 from tasks.models import find_parts
 from tests.flows.conftest import Project
-from tests.flows.used import QUIET, RECIPE, asked
+from tests.flows.used import QUIET, RECIPE, asked, medium
+from tests.graftline.pico_models import pico_llava
 
 pytestmark = pytest.mark.usefixtures("in_used")
 OLD = ("image", "audio", "video")
@@ -65,6 +68,28 @@ def test_an_added_modality_is_what_the_run_made(used, three, tmp_path):
     assert "| grown from |" in (tmp_path / "four/README.md").read_text()
     runs = Project(used).mlflow("select name, status from runs where name like 'add%'")
     assert runs == [("add point_cloud seed 0", "FINISHED")]
+
+
+@pytest.mark.slow
+def test_mera_adds_a_modality_to_a_model_that_was_taken_apart(used, tmp_path):
+    make_tiny(tmp_path / "tiny", seed=0)
+    pico_llava(tmp_path / "llava", tmp_path / "tiny")
+    take_apart(tmp_path / "llava", tmp_path / "parts")
+    encoder = f"{{source: transformers, folder: {tmp_path}/parts/encoder, layer: -2, "
+    settings = ("order=[image,audio]", f"modalities.image.encoder={encoder}pooling: patches}}")
+    options = [part for each in settings for part in ("--set", each)]
+    added = ("add", RECIPE, str(tmp_path / "parts"), "--out", str(tmp_path / "grown"), *options)
+    code, text = Project(used).run(*added)
+    assert code == 0, text
+    before, grown = read_bundle(tmp_path / "parts"), read_bundle(tmp_path / "grown")
+    assert list(grown.connectors) == ["image", "audio"]
+    old = load_file(before.connectors["image"] / "connector-image.safetensors")
+    new = load_file(grown.connectors["image"] / "connector-image.safetensors")
+    assert {name for name in old if not new[name].equal(old[name])} >= {"linear_2.weight"}
+    described = read_description(tmp_path / "grown")
+    assert (described.stage, described.order) == (2, ("image", "audio"))
+    assert described.grown_from == content_digest(tmp_path / "parts")
+    assert Asker(grown).read(used / medium("audio"), "audio").modality == "audio"
 
 
 def _planned(three, **changes):

@@ -28,6 +28,9 @@ def test_they_run_on_mera_s_stages_and_are_compared(copy):
     assert (rows["mera+"]["replay_rows"], rows["mera"]["replay_rows"]) == ("2.0", "32.0")
     aliases = {alias for (alias,) in copy.mlflow("select alias from registered_model_aliases")}
     assert "mera-plus-image-audio" in aliases
+    code, text = copy.run("export", "tiny@mera+-image-audio", "--out", "model", *PAIR)
+    assert code == 0, text
+    assert (copy.folder / "model/manifest.json").is_file()
     path = "reports/tiny/mera+/order-image-audio/seed-0/metrics.json"
     metrics = json.loads((copy.folder / path).read_text())
     # the random LLM may have learned nothing that could be kept; then that is what is said

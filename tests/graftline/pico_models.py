@@ -10,10 +10,13 @@ import torch
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
     GemmaConfig,
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -144,3 +147,31 @@ def pickled(folder: Path, out: Path) -> Path:
     torch.save(load_file(out / "model.safetensors"), out / "pytorch_model.bin")
     (out / "model.safetensors").unlink()
     return out
+
+
+def pico_llava(folder: Path, tiny: Path) -> Any:
+    """LLaVA with 2 x 2 patches of pictures of 8 x 8, the tiny model's tokenizer and template.
+
+    Args:
+        folder: to fill.
+        tiny: the tiny backbone.
+
+    Returns:
+        The model.
+    """
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    tokenizer = load_backbone(tiny)[1]
+    text = LlamaConfig(
+        **_LLM, vocab_size=300, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=299)
+    size = {"height": 8, "width": 8}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=size)
+    model = LlavaForConditionalGeneration(config).eval()
+    _save(model, folder, tokenizer, processor)
+    return model

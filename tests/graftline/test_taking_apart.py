@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -19,10 +21,16 @@ from transformers import (
     VoxtralEncoderConfig,
     VoxtralForConditionalGeneration,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from graftline.asking.asker import Asker
+from graftline.asking.bundle import read_bundle, read_description
+from graftline.asking.conversation import Turn
+from graftline.asking.parts import load_parts
 from graftline.errors import GraftlineError
 from graftline.model.backbone import load_backbone, make_tiny
 from graftline.taking_apart import PARTS, Recombined, drawn_inputs, take_apart
+from tests.graftline.pico_models import pico_llava
 
 TEXT = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -83,8 +91,9 @@ def _saved(name, folder):
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     make_tiny(folder.parent / "tokenizer", seed=0)
-    for file in (folder.parent / "tokenizer").glob("*token*"):
-        (folder / file.name).write_bytes(file.read_bytes())
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        file = folder.parent / "tokenizer" / name
+        (folder / name).write_bytes(file.read_bytes())
     (folder / "preprocessor_config.json").write_text("{}")
     return model
 
@@ -142,3 +151,33 @@ def test_other_folders_are_refused(tmp_path):
     with pytest.raises(GraftlineError, match="do not belong to config.json"):
         take_apart(tmp_path / "whole", tmp_path / "parts")
     assert not (tmp_path / "parts" / PARTS).exists()
+
+
+def test_what_was_taken_apart_is_a_model_that_can_be_asked(tmp_path):
+    make_tiny(tmp_path / "tiny", seed=0)
+    model = pico_llava(tmp_path / "whole", tmp_path / "tiny")
+    take_apart(tmp_path / "whole", tmp_path / "made")
+    (tmp_path / "made").rename(tmp_path / "elsewhere")  # its encoder is found from its own folder
+    parts = read_bundle(tmp_path / "elsewhere")
+    picture = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    asker = Asker(parts)
+    medium = asker.read(tmp_path / "picture.png", "image")
+    [shown] = asker.show([medium], [tmp_path / "picture.png"])
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path / "whole")
+    pixels = processor([picture], return_tensors="pt", input_data_format="channels_last")
+    with torch.inference_mode():
+        loaded = load_parts(parts)
+        found = loaded.model.connectors["image"](shown.features[None].float())
+        wanted = model.get_image_features(**pixels).pooler_output
+    wanted = torch.stack(list(wanted)).flatten(0, 1)
+    # features are rounded to float16, as cached ones are
+    torch.testing.assert_close(found[0], wanted, rtol=2e-3, atol=2e-3)
+    assert isinstance(asker.answer([[Turn((shown,), "What is this?")]])[0], str)
+    described = read_description(tmp_path / "elsewhere")
+    assert (described.stage, described.order, described.method) == (1, ("image",), "taken-apart")
+    assert "taken-apart: not trained here" in (tmp_path / "elsewhere/README.md").read_text()
+    weights = tmp_path / "elsewhere/connectors/connector-image.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(GraftlineError, match="connector-image.safetensors"):
+        read_bundle(tmp_path / "elsewhere")
