@@ -185,6 +185,9 @@ def init(
             help="A modality's own media: a folder with metadata.csv or metadata.jsonl.",
         ),
     ] = None,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Write what was chosen alone, without comments.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
     """Write a recipe that runs, with a comment at every key."""
@@ -199,7 +202,7 @@ def init(
     if wrong:
         raise GraftlineError(f"--source {wrong[0]!r}: write NAME=FOLDER, e.g. xray=my/scans")
     sources = {name: folder for name, _, folder in pairs}
-    text = draft(name or file.stem, method, chosen, backbone, data, sources)
+    text = draft(name or file.stem, method, chosen, backbone, data, sources, brief=brief)
     atomic_write_text(file, text)
     out.print(
         f"{file} is written. Price it: graftline plan {file}    Run it: graftline run {file}",

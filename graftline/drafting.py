@@ -1,4 +1,4 @@
-"""A recipe to begin with: choices are written out, what has a default is shown behind `#`."""
+"""A recipe to begin with: choices are written out, defaults shown behind `#`, or left out."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ _HEAD = """\
 # A line whose key stands right behind a # shows a default: to change it, take the # away, and that
 # of its section. The rates and lengths are the starter's; other data want their own.
 """
+_BRIEF_HEAD = """\
+# The rates and lengths are the starter's; other data want their own. `graftline init` without
+# --brief shows every key with what it means.
+"""
 
 
 def draft(
@@ -50,6 +54,8 @@ def draft(
     backbone: str,
     data_folder: str = "data",
     sources: Mapping[str, str] | None = None,
+    *,
+    brief: bool = False,
 ) -> str:
     """A recipe as YAML with a comment at every key, from the descriptions in `graftline.recipe`.
 
@@ -61,6 +67,7 @@ def draft(
         backbone: source of the LLM.
         data_folder: where the rows lie.
         sources: modality -> folder with its media and metadata.csv or metadata.jsonl.
+        brief: write what was chosen alone, a line a section.
 
     Raises:
         RecipeError: lists everything that does not fit together.
@@ -91,7 +98,8 @@ def draft(
         "backbone": {"source": backbone},
         **SETTINGS,
     }
-    text = _HEAD + "\n".join(_section(Recipe, given, 0)) + "\n"
+    lines = _choices_alone(given, 0) if brief else _section(Recipe, given, 0)
+    text = (_BRIEF_HEAD if brief else _HEAD) + "\n".join(lines) + "\n"
     _check(text)
     return text
 
@@ -139,6 +147,25 @@ def _section(part: type[BaseModel], given: Mapping[str, Any] | None, depth: int)
     return lines
 
 
+def _choices_alone(given: Mapping[str, Any], depth: int) -> list[str]:
+    """A line a key; modalities, and what each of them is made of, a line each."""
+    lines = []
+    for name, value in given.items():
+        if name == "modalities" or depth == 1:
+            lines += [f"{'  ' * depth}{name}:", *_choices_alone(value, depth + 1)]
+        else:
+            lines.append(f"{'  ' * depth}{name}: {_flow(value)}")
+    return lines
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML in one line."""
+    listed = [list(value) if isinstance(value, tuple) else value]
+    return yaml.safe_dump(listed, default_flow_style=True, width=10_000, sort_keys=False).strip()[
+        1:-1
+    ]
+
+
 def _part_of(field: FieldInfo) -> type[BaseModel] | None:
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
@@ -150,10 +177,7 @@ def _comment(part: type[BaseModel], depth: int) -> list[str]:
 
 
 def _line(name: str, value: Any, field: FieldInfo, mark: str, depth: int) -> str:
-    listed = yaml.safe_dump(
-        [list(value) if isinstance(value, tuple) else value], default_flow_style=True, width=10_000
-    )
-    text = f"{'  ' * depth}{mark}{name}: {listed.strip()[1:-1]}"
+    text = f"{'  ' * depth}{mark}{name}: {_flow(value)}"
     note = "; ".join(filter(None, [field.description, _choices(field), _bounds(field)]))
     return f"{text}  # {note}" if note else text
 

@@ -76,3 +76,13 @@ def test_modalities_of_one_s_own_come_with_their_folders(tmp_path):
         draft("mine", "mera", ["xray:scan"], SMOLLM2)
     with pytest.raises(RecipeError, match="other not known"):
         draft("mine", "mera", wanted, SMOLLM2, sources={"other": "x"})
+
+
+def test_a_brief_recipe_says_the_same_in_few_lines(tmp_path):
+    wanted, folders = ["sign:image", "call:audio"], {"sign": "my/signs", "call": "my/calls"}
+    brief = draft("mine", "mera", wanted, SMOLLM2, sources=folders, brief=True)
+    lines = [line for line in brief.splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 25
+    assert _loaded(tmp_path, brief) == _loaded(
+        tmp_path, draft("mine", "mera", wanted, SMOLLM2, sources=folders)
+    )
