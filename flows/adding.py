@@ -18,6 +18,7 @@ from graftline.stores import open_store
 from tasks.addition import export_addition
 from tasks.outputs import addition_folder
 from tasks.references import Place
+from tasks.report import register_model
 
 
 @flow(name="add", persist_result=False, validate_parameters=False)
@@ -46,8 +47,9 @@ def add(recipe_path: str, model: str, out: str, overrides: Mapping[str, Any] | N
         addition = plan_addition(recipe, data.files, origin)
         take_in(origin, open_store(recipe.store))
 
-        def finish(_place: Place, _model_id: str | None) -> None:
+        def finish(place: Place, model_id: str | None) -> None:
             export_addition(addition, data, folder, target)
+            register_model(addition.plan, place, data, model_id, f"add-{new}", target)
 
         name = f"add {new} seed {recipe.seed}"
         carry_out_run(addition.plan, data, folder, name, record, started, finish)

@@ -29,7 +29,7 @@ from graftline.model.own_backbone import backbone_name
 from graftline.recipe import RecipeError, load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.stores import open_store
-from tasks.outputs import alias_of, read_object, report_folder, usual_order
+from tasks.outputs import EXPORTED, alias_of, read_object, report_folder, usual_order
 from tasks.own_data import known_data
 from tasks.references import DataVersion
 
@@ -68,7 +68,7 @@ def find_parts(model: str, overrides: Mapping[str, Any], stage: int | None = Non
     Raises:
         GraftlineError: there is no such model, or a part of it is missing or damaged.
     """
-    folder = Path(model)
+    folder = _exported(model) or Path(model)
     if folder.is_dir() and is_bundle(folder):
         if overrides or stage is not None:
             raise GraftlineError(
@@ -77,6 +77,22 @@ def find_parts(model: str, overrides: Mapping[str, Any], stage: int | None = Non
             )
         return read_bundle(folder)
     return find_finished(model, overrides, stage).parts
+
+
+def _exported(model: str) -> Path | None:
+    """Where a registered model lies that grew out of an exported one; None for all others.
+
+    Raises:
+        GraftlineError: there is no such registered model.
+    """
+    from tasks.tracking import registered_tags
+
+    registered = _REGISTERED.fullmatch(model)
+    if registered is None or Path(model).exists():
+        return None
+    alias, version = registered["alias"], registered["version"]
+    tags = registered_tags(registered["name"], alias_of(alias) if alias else None, version)
+    return Path(tags[EXPORTED]) if EXPORTED in tags else None
 
 
 def find_finished(model: str, overrides: Mapping[str, Any], stage: int | None) -> FinishedModel:

@@ -54,8 +54,8 @@ def search_file(recipe: Recipe, rule: str) -> Path:
     return Path("reports") / recipe.name / "search" / f"{rule}-seed-{recipe.seed}.json"
 
 
-ADDITION = "addition.json"
-"""What a report of an addition holds beside its metrics."""
+ADDITION, EXPORTED = "addition.json", "exported"
+"""What a report of an addition holds beside its metrics; the tag that says where its model lies."""
 
 
 def addition_folder(recipe: Recipe, modality: str) -> Path:

@@ -34,7 +34,7 @@ from graftline.results import collect
 from graftline.run_plan import RunPlan
 from graftline.stores import open_store
 from tasks import tracking
-from tasks.outputs import pictures
+from tasks.outputs import EXPORTED, pictures
 from tasks.references import DataVersion, Place
 
 _NAMES = {"final": "score", "vanilla": "vanilla", "merged": "merged", "expert": "expert"}
@@ -109,9 +109,23 @@ def write_run_report(
 
 @task(name="register-model", cache_policy=NO_CACHE, persist_result=False)
 def register_model(
-    plan: RunPlan, place: Place, data: DataVersion, model_id: str | None, alias: str
+    plan: RunPlan,
+    place: Place,
+    data: DataVersion,
+    model_id: str | None,
+    alias: str,
+    exported: Path | None = None,
 ) -> None:
-    """Registers the last stage's checkpoint under the recipe's name, and points an alias at it."""
+    """Registers the last stage's checkpoint under the recipe's name, and points an alias at it.
+
+    Args:
+        plan: the run.
+        place: where it was carried out.
+        data: the data's version.
+        model_id: of the checkpoint in MLflow; None where there is none.
+        alias: that is to name it.
+        exported: the folder that holds the model, where no recipe alone makes it again.
+    """
     if place.tracked is None or model_id is None:
         return
     recipe = plan.recipe
@@ -121,6 +135,7 @@ def register_model(
         "order": ",".join(recipe.order),
         "data_md5": data.md5,
         "fingerprint": plan.fingerprint,
+        **({EXPORTED: str(exported.absolute())} if exported is not None else {}),
     }
     tracking.register(recipe.name, model_id, place.tracked.run_id, alias, tags)
 

@@ -68,6 +68,9 @@ def test_an_added_modality_is_what_the_run_made(used, three, tmp_path):
     assert "| grown from |" in (tmp_path / "four/README.md").read_text()
     runs = Project(used).mlflow("select name, status from runs where name like 'add%'")
     assert runs == [("add point_cloud seed 0", "FINISHED")]
+    registered = find_parts("tiny@add-point_cloud", {})
+    assert registered.backbone == tmp_path / "four/backbone"
+    assert list(registered.connectors) == list(made.connectors)
 
 
 @pytest.mark.slow
