@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 _DEFAULTS = {
     # Threads that spin while they wait stall training when the machine is shared.
@@ -22,6 +23,11 @@ _DEFAULTS = {
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
 }
+_HARMLESS = (
+    "The given NumPy array is not writable",  # encoders read media, and write into none
+    ".*input example was not provided",  # a served model's signature is written by hand
+)
+"""How warnings begin that no user can do anything about."""
 
 
 def prepare(*, verbose: bool = False) -> None:
@@ -30,4 +36,6 @@ def prepare(*, verbose: bool = False) -> None:
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    for message in _HARMLESS:
+        warnings.filterwarnings("ignore", message, UserWarning)
     os.environ.pop("MLFLOW_RUN_ID", None)  # an outer run's id would take our child runs over

@@ -11,5 +11,12 @@ from __future__ import annotations
 import threading
 
 import transformers  # noqa: F401  # here, where no second thread can see it half imported
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from transformers.utils.logging import disable_progress_bar
 
 BUILDING = threading.RLock()
+
+_DOWNLOADS_SHOWN = not are_progress_bars_disabled()
+disable_progress_bar()  # of reading weights, since steps have bars of their own
+if _DOWNLOADS_SHOWN:
+    enable_progress_bars()  # of downloads, which that silenced too

@@ -10,12 +10,14 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from graftline.data.build import build
+from tasks.supervised import start_child, stop_child
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = (
@@ -30,6 +32,8 @@ class Project:
     """A temporary working copy."""
 
     folder: Path
+    api = None
+    """URL of a Prefect server that stands for the user's own; without it each run starts one."""
 
     def environment(self) -> dict[str, str]:
         names = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID")
@@ -38,7 +42,7 @@ class Project:
         kept["PREFECT_PROFILES_PATH"] = str(self.folder / "no-profiles.toml")
         kept["OMP_NUM_THREADS"] = "1"
         kept["COLUMNS"] = "120"
-        return kept
+        return kept | ({"PREFECT_API_URL": self.api} if self.api else {})
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -109,6 +113,26 @@ def _query(path: Path, query: str) -> list[tuple[object, ...]]:
 
 
 @pytest.fixture(scope="session")
+def _served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The API of a Prefect server that lasts as long as the tests."""
+    home = {"PREFECT_HOME": str(tmp_path_factory.mktemp("prefect"))}
+    child = start_child(["-m", "tasks.server", "0"], home)
+    assert child.stdout is not None
+    port = child.stdout.readline().strip()
+    assert child.stdout.readline().strip() == "ready"
+    yield f"http://127.0.0.1:{port}/api"
+    stop_child(child)
+
+
+@pytest.fixture(scope="module")
+def one_server(_served: str) -> Iterator[None]:
+    """Runs of a module's tests use one server: starting one takes longer than a tiny recipe."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Project, "api", _served)
+        yield
+
+
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A working copy in which the tiny recipe ran once. Tests copy it and leave it alone."""
     folder = tmp_path_factory.mktemp("finished") / "project"
@@ -116,6 +140,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     shutil.copytree(ROOT / "params", folder / "params")
     build(folder / "data", sizes=SIZES)
     project = Project(folder)
+    project.api = None  # it starts its own server, and leaves that one's database
     code, text = project.run("run", "params/tiny.yaml")
     assert code == 0, text
     (folder / "output.txt").write_text(text)

@@ -24,7 +24,7 @@ from tests.flows.conftest import Project
 from tests.flows.used import QUIET, RECIPE, asked, medium
 from tests.graftline.pico_models import pico_llava
 
-pytestmark = pytest.mark.usefixtures("in_used")
+pytestmark = pytest.mark.usefixtures("in_used", "one_server")
 OLD = ("image", "audio", "video")
 
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_server")]
 
 PAIR = ("--set", "order=[image,audio]", "--set", "distil.steps=4", "--set", "distil.samples=16")
 

@@ -23,7 +23,7 @@ from tasks.models import find_finished, find_parts
 from tests.flows.used import EXPORTED, MODALITIES, QUIET, RECIPE, asked
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.usefixtures("in_used")
+pytestmark = pytest.mark.usefixtures("in_used", "one_server")
 
 
 @pytest.mark.parametrize("name", EXPORTED)

@@ -12,6 +12,7 @@ from PIL import Image
 from tests.flows.conftest import Project
 from tests.graftline.data.own_media import make_folder, picture, sound, write_csv
 
+pytestmark = pytest.mark.usefixtures("one_server")
 SHORT = (
     "method=finetune", "align.steps=2", "fine_tune.steps=2", "realign.steps=2",
     "precision=float32", "evaluation.max_new_tokens=4", "evaluation.references=false",

@@ -22,7 +22,7 @@ from graftline.errors import GraftlineError
 from graftline.model.backbone import make_tiny
 from tests.graftline.pico_models import pico_clip, pico_llm
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_server")]
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = {"train": 24, "validation": 8, "test": 8}
 STATES = ("calm", "shaking")
