@@ -52,7 +52,7 @@ def print_report(console: Console, folder: Path | str) -> None:
 
 def _scores(folder: Path, metrics: dict[str, Any]) -> Table:
     title = f"{metrics['recipe']} · {metrics['method']} · seed {metrics['seed']}: scores x 100"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("")
     for modality in metrics["order"]:
         table.add_column(modality.replace("_", " "), justify="right")
