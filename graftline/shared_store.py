@@ -6,7 +6,8 @@ one fingerprint never disturb each other: whose manifest comes first, wins, and 
 that artifact over. A reader sees an artifact once its manifest is there, copies its parts into
 a folder of this machine, and compares size and sha256 of each before the copy appears there.
 
-The copies are a `Store` of their own. Locks, checkpoints and temporary folders stay with them.
+The copies are a `Store` of their own. Locks and temporary folders stay with them; checkpoints are
+shared (`graftline.shared_checkpoints`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from graftline.manifest import (
     require_owner,
     verify_folder,
 )
+from graftline.shared_checkpoints import SharedCheckpoints
 from graftline.store import Artifact, Store
 
 CACHE_VARIABLE = "GRAFTLINE_STORE_CACHE"
@@ -186,9 +188,16 @@ class SharedStore(Store):
         except CorruptArtifact:
             durable.discard(self.folder(kind, fingerprint))
             built = None
+        checkpoints = SharedCheckpoints(
+            self._objects,
+            f"{self.url}/.checkpoints/{kind}-{fingerprint}",
+            self._work_path(kind, fingerprint),
+        )
         if built is None:
-            self._copies._build(kind, fingerprint, step, build)
+            with checkpoints.shared():
+                self._copies._build(kind, fingerprint, step, build)
         self._send(kind, fingerprint)
+        checkpoints.discard()
         found = self.find(kind, fingerprint)
         if found is None:
             place = self.location(kind, fingerprint)

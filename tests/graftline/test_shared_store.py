@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from graftline import shared_checkpoints
 from graftline.errors import GraftlineError
 from graftline.manifest import MANIFEST, CorruptArtifact
 from graftline.shared_store import (
@@ -227,3 +229,72 @@ def test_trouble_is_named(
         open_store(url).find("merge", "f1")
     assert KEYS["AWS_SECRET_ACCESS_KEY"] not in str(unreachable.value)
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def _checkpoint(work: Path, step: int, text: str) -> None:
+    temporary = work / ".tmp-checkpoint"
+    temporary.mkdir()
+    (temporary / "optimizer.safetensors").write_text(text)
+    (temporary / "record.json").write_text(json.dumps({"step": step}))
+    temporary.rename(work / f"checkpoint-{step:08d}")
+
+
+def _left(store: SharedStore) -> list[str]:
+    found = store._objects.find(f"{store.url}/.checkpoints")
+    return sorted(path.partition("/.checkpoints/")[2] for path in found)
+
+
+@pytest.mark.parametrize("damage", ["", "flipped", "half sent"])
+def test_another_machine_goes_on_from_the_last_checkpoint(
+    url: str, elsewhere: Any, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_checkpoints, "_SECONDS", 0.05)
+    store = elsewhere(url, "first")
+    seen: list[str] = []
+
+    def stopped(_: Path) -> None:
+        work = store.work_folder("merge", "f1")
+        _checkpoint(work, 50, "fifty")
+        deadline = time.monotonic() + 30
+        while "merge-f1/checkpoint-00000050/files.json" not in _left(store):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        _checkpoint(work, 100, "a hundred")
+        raise RuntimeError("the machine is gone")
+
+    with pytest.raises(RuntimeError, match="is gone"):
+        publish(store, make=stopped)
+    names = ["files.json", "optimizer.safetensors", "record.json"]
+    assert _left(store) == [f"merge-f1/checkpoint-00000100/{name}" for name in names]
+    place = f"{url}/.checkpoints/merge-f1/checkpoint-00000100"
+    if damage == "flipped":
+        store._objects.pipe_file(f"{place}/optimizer.safetensors", b"b hundred")
+    elif damage:
+        store._objects.rm_file(f"{place}/files.json")
+    other = elsewhere(url)
+
+    def goes_on(folder: Path) -> None:
+        work = other.work_folder("merge", "f1")
+        seen.extend(sorted(path.name for path in work.iterdir()))
+        if seen:
+            file = work / "checkpoint-00000100/optimizer.safetensors"
+            assert file.read_text() == "a hundred"
+        build(folder)
+
+    publish(other, make=goes_on)
+    assert seen == ([] if damage else ["checkpoint-00000100"])
+    assert _left(other) == []
+    assert other.holds("merge", "f1")
+
+
+def test_a_store_that_takes_no_checkpoints_costs_no_step(
+    url: str, elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Any) -> None:
+        raise OSError("no checkpoint today")
+
+    for name in ("_send", "_fetch"):
+        monkeypatch.setattr(shared_checkpoints.SharedCheckpoints, name, fails)
+    store = elsewhere(url, "first")
+    publish(store)
+    assert store.holds("merge", "f1")
