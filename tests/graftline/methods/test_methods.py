@@ -205,3 +205,10 @@ def test_parameters_of_a_rule_are_checked_before_anything_runs() -> None:
     assert plan("ties").fingerprint != (
         plan("ties", **{"compose.parameters": {"ties": {"density": 0.3}}}).fingerprint
     )
+
+
+def test_joint_is_trained_once_for_all_orders():
+    orders = (["image", "audio", "video"], ["video", "image", "audio"])
+    first, second = (plan("joint", order=order) for order in orders)
+    assert kinds(first, "fine-tune") == kinds(second, "fine-tune")
+    assert kinds(first, "evaluate") == kinds(second, "evaluate")
