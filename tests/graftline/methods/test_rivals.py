@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,22 +11,16 @@ import pytest
 from graftline.execution import execute
 from graftline.plan import Step
 from graftline.recipe import RIVALS, RecipeError, load_recipe
-from graftline.run_plan import RunPlan, plan_run
+from graftline.run_plan import RunPlan
 from graftline.store import Store
 from graftline.work import Machine
+from tests.graftline.made_up import ORDER, TINY, filled_store
+from tests.graftline.made_up import planned as plan
 
-TINY = Path(__file__).parents[3] / "params" / "tiny.yaml"
-SPLITS = ("train", "validation", "test")
-ORDER = ("image", "audio", "video", "point_cloud")
-FILES = {name: {split: f"{name}-{split}" for split in SPLITS} for name in ORDER}
 BY_ITSELF = ("attention-only", "o-lora")
 """Whose first stage is not naive fine-tuning."""
 CHAINED = [name for name in RIVALS if name != "pathweave"]
 """Whose stages end with the model that the next one starts from."""
-
-
-def plan(method: str, **changes: object) -> RunPlan:
-    return plan_run(load_recipe(TINY, {"method": method, **changes}), FILES)
 
 
 def guarded(run: RunPlan) -> list[Step]:
@@ -143,26 +136,8 @@ def test_settings_that_do_not_fit_are_named_at_once(method: str) -> None:
 @pytest.fixture
 def store(tiny_folder: Path, features_folder: Path, tmp_path: Path) -> Store:
     """A store that holds a tiny theta_0 and made-up features of two modalities."""
-    store = Store(tmp_path / "store")
     run = _two_modalities("finetune")
-
-    def fill(step: Step):
-        def build(out: Path) -> None:
-            if step.kind == "backbone":
-                shutil.copytree(tiny_folder, out / "backbone")
-            else:
-                shutil.copytree(features_folder, out, dirs_exist_ok=True)
-
-        return build
-
-    for step in run.steps.values():
-        if step.kind in ("backbone", "features"):
-            parents = {role: parent.fingerprint for role, parent in step.parents.items()}
-            store.publish(
-                step.kind, step.reference.fingerprint, parameters=dict(step.parameters),
-                parents=parents, code=step.code, build=fill(step),
-            )  # fmt: skip
-    return store
+    return filled_store(tmp_path / "store", run, tiny_folder, features_folder)
 
 
 def _two_modalities(method: str) -> RunPlan:
