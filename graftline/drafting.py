@@ -161,9 +161,8 @@ def _choices_alone(given: Mapping[str, Any], depth: int) -> list[str]:
 def _flow(value: Any) -> str:
     """A value as YAML in one line."""
     listed = [list(value) if isinstance(value, tuple) else value]
-    return yaml.safe_dump(listed, default_flow_style=True, width=10_000, sort_keys=False).strip()[
-        1:-1
-    ]
+    text: str = yaml.safe_dump(listed, default_flow_style=True, width=10_000, sort_keys=False)
+    return text.strip()[1:-1]
 
 
 def _part_of(field: FieldInfo) -> type[BaseModel] | None:
