@@ -26,6 +26,7 @@ _DEFAULTS = {
 _HARMLESS = (
     "The given NumPy array is not writable",  # encoders read media, and write into none
     ".*input example was not provided",  # a served model's signature is written by hand
+    "`is_gradient_checkpointing` is deprecated",  # PEFT reads it, once
 )
 """How warnings begin that no user can do anything about."""
 
@@ -37,5 +38,5 @@ def prepare(*, verbose: bool = False) -> None:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     for message in _HARMLESS:
-        warnings.filterwarnings("ignore", message, UserWarning)
+        warnings.filterwarnings("ignore", message)
     os.environ.pop("MLFLOW_RUN_ID", None)  # an outer run's id would take our child runs over
