@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -90,12 +89,10 @@ def test_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_converts_loads_quickly_and_knows_paris(tmp_path: Path) -> None:
+def test_smollm2_converts_loads_and_knows_paris(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     convert_gguf(fetch(SMOLLM2), tmp_path)
-    start = time.monotonic()
     model, tokenizer = load_backbone(tmp_path)
-    assert time.monotonic() - start < 3
     turn = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(
         turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
