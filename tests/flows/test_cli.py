@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,10 +26,12 @@ def _graftline(*arguments: str, folder: Path = ROOT) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_help_is_quick_and_complete():
-    start = time.monotonic()
+def test_help_is_complete_and_loads_nothing_heavy():
+    heavy = "torch", "transformers", "prefect", "mlflow", "matplotlib"
+    code = f"import sys, flows.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
     code, text = _graftline("--help")
-    assert time.monotonic() - start < 3.0  # 0.4 s on an idle machine
     assert code == 0
     assert all(word in text for word in ("run", "show", "data", "ui"))
     _, text = _graftline("run", "--help")

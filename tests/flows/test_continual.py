@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import signal
-import time
 
 import pytest
 
@@ -66,10 +65,8 @@ def test_run_again_reuses_everything(copy):
     before, report = copy.artifacts(), copy.metrics()
     path = copy.folder / "reports/tiny/mera/seed-0/metrics.json"
     content = path.read_bytes()
-    start = time.monotonic()
     code, text = copy.run("run", "params/tiny.yaml")
     assert code == 0, text
-    assert time.monotonic() - start < 120  # 30 on an idle machine
     assert copy.artifacts() == before
     assert copy.metrics() == report
     assert path.read_bytes() == content
