@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class SharedCheckpoints:
 
     def discard(self) -> None:
         """Removes them all: the step is published."""
-        self._guarded(lambda: self._remove(self._place))
+        self._guarded(self._clear)
 
     def _send(self) -> None:
         newest = max(self._work.glob(_PATTERN), default=None)
@@ -120,14 +120,16 @@ class SharedCheckpoints:
     def _there(self) -> list[str]:
         """Names of the step's checkpoints, whole or not."""
         start = self._objects._strip_protocol(self._place).strip("/") + "/"
-        with suppress(FileNotFoundError):
-            found = self._objects.find(self._place)
-            return sorted({path.strip("/").removeprefix(start).split("/")[0] for path in found})
-        return []
+        found = self._objects.find(self._place)
+        return sorted({path.strip("/").removeprefix(start).split("/")[0] for path in found})
+
+    def _clear(self) -> None:
+        for name in self._there():
+            self._remove(f"{self._place}/{name}")
 
     def _remove(self, place: str) -> None:
-        with suppress(FileNotFoundError):
-            self._objects.rm(place, recursive=True)
+        """Removes what is there; for what is not, `fsspec` raises errors that outlive the call."""
+        self._objects.rm(place, recursive=True)
 
     def _guarded(self, action: Any) -> None:
         """Does what can be done; the step itself does not depend on it."""
