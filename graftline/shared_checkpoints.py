@@ -46,6 +46,16 @@ class SharedCheckpoints:
     def shared(self) -> Iterator[None]:
         """Fetches the newest checkpoint, then sends those that appear while the context lasts."""
         self._guarded(self._fetch)
+        try:
+            with self._watched():
+                yield
+        except BaseException:
+            self._guarded(self._send)  # what was saved just before it stopped
+            raise
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Sends from a thread of its own while the context lasts."""
         done = threading.Event()
 
         def watch() -> None:
@@ -56,11 +66,6 @@ class SharedCheckpoints:
         thread.start()
         try:
             yield
-        except BaseException:
-            done.set()
-            thread.join()
-            self._guarded(self._send)  # what was saved just before it stopped
-            raise
         finally:
             done.set()
             thread.join()

@@ -22,13 +22,12 @@ from torch import Tensor
 
 from graftline import durable
 from graftline.asking.bundle import (
-    CARD,
-    DESCRIPTION,
     INSIDE,
     TAKEN_APART,
     Description,
     EncoderDescription,
     sealed_as,
+    write_description,
 )
 from graftline.asking.card import model_card
 from graftline.encoders import describe_encoder
@@ -180,14 +179,12 @@ def _sealed_as(
     out: Path, joint: Joint, called: str, precision: str, content: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the manifest says; writes what the model is, if a recipe can say how it encodes."""
-    if len(joint.layers) > 1 or joint.skip not in (0, 1):
+    if len(joint.layers) > 1:
         step = {"format": FORMAT, "kind": "parts", "parameters": content, "parents": {}}
         fingerprint = fingerprint_of("parts", parameters=content, parents={}, code="")
         return {**step, "fingerprint": fingerprint, "code": ""}
     description = _described(out, joint, called, precision)
-    text = json.dumps(description.model_dump(mode="json"), indent=2) + "\n"
-    (out / DESCRIPTION).write_text(text, encoding="utf-8")
-    (out / CARD).write_text(model_card(description, None), encoding="utf-8")
+    write_description(out, description, model_card(description, None))
     return sealed_as(description)
 
 

@@ -85,13 +85,10 @@ def _exported(model: str) -> Path | None:
     Raises:
         GraftlineError: there is no such registered model.
     """
-    from tasks.tracking import registered_tags
-
     registered = _REGISTERED.fullmatch(model)
     if registered is None or Path(model).exists():
         return None
-    alias, version = registered["alias"], registered["version"]
-    tags = registered_tags(registered["name"], alias_of(alias) if alias else None, version)
+    tags = _tags(registered.groupdict())
     return Path(tags[EXPORTED]) if EXPORTED in tags else None
 
 
@@ -147,12 +144,17 @@ def _from_report(folder: Path, overrides: Mapping[str, Any], stage: int | None) 
 def _from_registry(
     model: str, words: Mapping[str, str | None], overrides: Mapping[str, Any], stage: int | None
 ) -> FinishedModel:
-    from tasks.tracking import registered_tags
-
-    name, alias = str(words["name"]), words["alias"]
-    tags = registered_tags(name, alias_of(alias) if alias else None, words["version"])
+    name, tags = str(words["name"]), _tags(words)
     found = {"method": tags["method"], "seed": int(tags["seed"])}
     return _made_by(model, name, tags["fingerprint"], {**found, **overrides}, stage)
+
+
+def _tags(words: Mapping[str, str | None]) -> dict[str, str]:
+    """The tags of a registered model, by the parts of its name."""
+    from tasks.tracking import registered_tags
+
+    alias = words["alias"]
+    return registered_tags(str(words["name"]), alias_of(alias) if alias else None, words["version"])
 
 
 def _made_by(

@@ -178,9 +178,7 @@ def write_bundle(
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source, target)
                     advance("")
-            text = json.dumps(description.model_dump(mode="json"), indent=2) + "\n"
-            (temporary / DESCRIPTION).write_text(text, encoding="utf-8")
-            (temporary / CARD).write_text(card, encoding="utf-8")
+            write_description(temporary, description, card)
             if measured:
                 (temporary / EXAMPLES).write_text(examples_csv(measured), encoding="utf-8")
             seal(temporary, sealed_as(description))
@@ -189,6 +187,13 @@ def write_bundle(
         raise _exists(out) from error
     finally:
         durable.remove(temporary)
+
+
+def write_description(folder: Path, description: Description, card: str) -> None:
+    """Writes what a model is, for programs and for people, into its folder."""
+    text = json.dumps(description.model_dump(mode="json"), indent=2) + "\n"
+    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def refuse_existing(out: Path) -> None:
