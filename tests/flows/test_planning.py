@@ -51,7 +51,7 @@ def test_another_method_is_priced_before_it_starts(finished):
     assert found["memory_bytes"] == tune["memory_bytes"]
     code, text = _plan(finished, "--method", "joint")
     assert code == 0, text
-    for words in ("to run", "cached", "FLOP", "N = ", "stage 4", "audio + image + video"):
+    for words in ("to run", "cached", "FLOP", "N = ", "stage 4", "audio + image + point"):
         assert words in text
 
 
