@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from graftline.data.build import build
 from tasks.supervised import start_child, stop_child
@@ -25,6 +26,9 @@ TIMES = (
     "evaluating_seconds", "idle_seconds", "peak_rss_bytes",
 )  # fmt: skip
 SIZES = {"train": 64, "validation": 16, "test": 16}
+PAIR = ("--set", "order=[image,audio]")
+"""The first two stages of the tiny recipe's four."""
+TRAINED = ("align", "fine-tune", "merge", "realign")
 
 
 @dataclass
@@ -79,6 +83,20 @@ class Project:
         metrics = json.loads(path.read_text())
         return {name: value for name, value in metrics.items() if name not in TIMES}
 
+    def bits(self, *kinds: str) -> dict[str, dict[str, str]]:
+        """Artifact of some kinds, or of all -> weights and answers in it -> sha256."""
+        found = {}
+        for path in self.folder.glob("artifacts/[!.]*/[!.]*/manifest.json"):
+            kind, name = path.parts[-3:-1]
+            files = json.loads(path.read_text())["files"]
+            if not kinds or kind in kinds:
+                found[f"{kind}/{name}"] = {
+                    file: entry["sha256"]
+                    for file, entry in files.items()
+                    if file.endswith((".safetensors", ".parquet"))
+                }
+        return found
+
     def mlflow(self, query: str) -> list[tuple[object, ...]]:
         return _query(self.folder / "mlruns" / "mlflow.db", query)
 
@@ -124,26 +142,31 @@ def _served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     stop_child(child)
 
 
-@pytest.fixture(scope="module")
-def one_server(_served: str) -> Iterator[None]:
-    """Runs of a module's tests use one server: starting one takes longer than a tiny recipe."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Project, "api", _served)
-        yield
+@pytest.fixture
+def one_server(_served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's runs use one server that is there: starting one takes as long as a short run."""
+    monkeypatch.setattr(Project, "api", _served)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A working copy in which the tiny recipe ran once. Tests copy it and leave it alone."""
-    folder = tmp_path_factory.mktemp("finished") / "project"
-    folder.mkdir()
-    shutil.copytree(ROOT / "params", folder / "params")
-    build(folder / "data", sizes=SIZES)
-    project = Project(folder)
+    """A working copy in which the tiny recipe ran once. Tests copy it and leave it alone.
+
+    Where tests run in several processes, the first one makes it for all.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    project = Project(root / "finished" / "project")
     project.api = None  # it starts its own server, and leaves that one's database
-    code, text = project.run("run", "params/tiny.yaml")
-    assert code == 0, text
-    (folder / "output.txt").write_text(text)
+    output = project.folder / "output.txt"
+    with FileLock(root / "finished.lock"):
+        if not output.exists():
+            project.folder.mkdir(parents=True)
+            shutil.copytree(ROOT / "params", project.folder / "params")
+            build(project.folder / "data", sizes=SIZES)
+            code, text = project.run("run", "params/tiny.yaml")
+            assert code == 0, text
+            output.write_text(text)
     return project
 
 

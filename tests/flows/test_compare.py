@@ -10,7 +10,7 @@ import pytest
 from graftline.weight_files import read_header
 from tests.flows.conftest import Project
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_server")]
 
 PAIR = ("--set", "order=[image,audio]", "--methods", "mera,connector-only", "--orders", "latin")
 

@@ -30,11 +30,11 @@ def page(url: str, profile: str) -> str:
 
 
 @pytest.fixture
-def address(copy):
+def address(copy, one_server):
     """Where `graftline ui` serves the MLflow of a working copy with two methods' runs."""
-    code, text = copy.run("compare", "params/tiny.yaml", "--methods", "mera,finetune")
+    methods = ("--set", "order=[image,audio,video]", "--methods", "mera,finetune")
+    code, text = copy.run("compare", "params/tiny.yaml", *methods)
     assert code == 0, text
-    assert "mera seed 0: finished before" in text
     process = copy.start("ui", "--mlflow-port", "0", "--prefect-port", "0")
     lines = []
     while not (found := re.search(r"MLflow:\s+(http://127.0.0.1:\d+)", "".join(lines))):
@@ -48,7 +48,11 @@ def address(copy):
 
 
 def test_brg_and_scores_of_two_methods_are_drawn_over_stages(copy, address, tmp_path):
-    names = ("mera seed 0", "finetune seed 0", "mera over 1 run(s)", "finetune over 1 run(s)")
+    names = [
+        f"{method} {run}"
+        for method in ("mera", "finetune")
+        for run in ("seed 0, image audio video", "over 1 run(s)")
+    ]
     rows = copy.mlflow("select name, run_uuid, experiment_id from runs order by name")
     runs = {name: run for name, run, _ in rows}
     chosen = quote(json.dumps([runs[name] for name in names]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows.slots import Job, carry_out
 from graftline.model.backbone import load_backbone, make_tiny
-from tests.flows.conftest import Project
+from tests.flows.conftest import PAIR, TRAINED, Project
 
 _started: list[str] = []
 _at_once: dict[str, list[int]] = {"small": [], "large": []}
@@ -139,21 +138,10 @@ def test_models_built_at_once_leave_the_default_dtype_alone(tmp_path_factory) ->
     assert len(dtypes) == 30
 
 
+@pytest.mark.usefixtures("one_server")
 def test_steps_side_by_side_give_the_same_bits(finished: Project, fresh: Project) -> None:
-    code, text = fresh.run("run", "params/tiny.yaml", "--set", "execution.slots=3")
+    code, text = fresh.run("run", "params/tiny.yaml", *PAIR, "--set", "execution.slots=3")
     assert code == 0, text
-    assert _tensors(fresh) == _tensors(finished)
-    assert fresh.metrics() == finished.metrics()
-
-
-def _tensors(project: Project) -> dict[str, dict[str, str]]:
-    """Artifact -> weights and answers in it -> sha256."""
-    found = {}
-    for path in project.folder.glob("artifacts/[!.]*/[!.]*/manifest.json"):
-        files = json.loads(path.read_text())["files"]
-        found[path.parent.name] = {
-            name: entry["sha256"]
-            for name, entry in files.items()
-            if name.endswith((".safetensors", ".parquet"))
-        }
-    return found
+    bits, expected = fresh.bits(*TRAINED), finished.bits()
+    assert len(bits) == 9
+    assert bits == {name: expected[name] for name in bits}

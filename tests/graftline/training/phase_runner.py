@@ -1,17 +1,21 @@
-"""Runs one phase on the tiny model; dies by SIGKILL before a given step if asked to.
+"""Runs phases on the tiny model; they die by SIGKILL before a given step if asked to.
 
-Arguments: phase, backbone folder, features folder, connector folder, work folder, out folder,
-step to die before (-1: never).
+Each line of the input asks for one, in a process of its own: phase, backbone folder, features
+folder, connector folder, work folder, out folder, step to die before (-1: never). How it ended is
+said in a line of the output. The libraries are loaded once: that takes longer than a phase.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401 - what each phase would load
 
 from graftline.model.backbone import load_backbone
 from graftline.recipe import LoraSettings, PhaseSettings
@@ -84,6 +88,23 @@ def _die_before(step: int) -> None:
     loop.rate_factor = rate_factor
 
 
+def _in_a_process(phase: str, folders: list[str], die_before: int) -> int:
+    """Exit code of a phase; the negative number of the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            run(phase, [Path(name) for name in folders], die_before)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(sys.argv[1], [Path(name) for name in sys.argv[2:7]], int(sys.argv[7]))
+    for line in sys.stdin:
+        print(_in_a_process(*json.loads(line)), flush=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,20 +15,37 @@ import torch
 from safetensors.torch import load_file
 
 RUNNER = Path(__file__).with_name("phase_runner.py")
+Run = Callable[..., int]
 
 
-def _run(phase: str, folders: list[Path], die_before: int = -1) -> int:
-    command = [sys.executable, str(RUNNER), phase, *map(str, folders), str(die_before)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if die_before < 0:
-        assert result.returncode == 0, result.stderr[-2000:]
-    return result.returncode
+@pytest.fixture(scope="module")
+def run_phase(tmp_path_factory) -> Iterator[Run]:
+    """Runs a phase in a process of its own, and says how that ended."""
+    errors = tmp_path_factory.mktemp("runner") / "errors.txt"
+    with errors.open("w") as log:
+        runner = subprocess.Popen(
+            [sys.executable, str(RUNNER)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+
+    def run(phase: str, folders: list[Path], die_before: int = -1) -> int:
+        runner.stdin.write(json.dumps([phase, [str(folder) for folder in folders], die_before]))
+        runner.stdin.write("\n")
+        runner.stdin.flush()
+        answer = runner.stdout.readline()
+        assert answer, errors.read_text()[-2000:]
+        if die_before < 0:
+            assert int(answer) == 0, errors.read_text()[-2000:]
+        return int(answer)
+
+    yield run
+    runner.communicate()
 
 
-@pytest.fixture(scope="session")
-def aligned(tiny_folder: Path, features_folder: Path, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module")
+def aligned(run_phase: Run, tiny_folder: Path, features_folder: Path, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("aligned")
-    _run("align", [tiny_folder, features_folder, root, root / "work", root / "out"])
+    run_phase("align", [tiny_folder, features_folder, root, root / "work", root / "out"])
     return root / "out"
 
 
@@ -40,18 +59,23 @@ def _weights(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("phase", ["align", "full", "lora", "ewc", "realign"])
 def test_killed_twice_and_resumed_is_bit_identical(
-    phase: str, tiny_folder: Path, features_folder: Path, aligned: Path, tmp_path: Path
+    phase: str,
+    run_phase: Run,
+    tiny_folder: Path,
+    features_folder: Path,
+    aligned: Path,
+    tmp_path: Path,
 ) -> None:
     inputs = [tiny_folder, features_folder, aligned]
-    _run(phase, [*inputs, tmp_path / "whole-work", tmp_path / "whole"])
+    run_phase(phase, [*inputs, tmp_path / "whole-work", tmp_path / "whole"])
     for step in sorted(random.Random(phase).sample(range(9), 2)):
         out = tmp_path / f"killed-{step}"
-        killed = _run(phase, [*inputs, tmp_path / "work", out], die_before=step)
+        killed = run_phase(phase, [*inputs, tmp_path / "work", out], die_before=step)
         assert killed == -signal.SIGKILL
         kept = sorted((tmp_path / "work").glob("checkpoint-*"))
         last = step // 2 * 2
         assert [path.name for path in kept] == ([f"checkpoint-{last:08d}"] if last else [])
-    _run(phase, [*inputs, tmp_path / "work", tmp_path / "resumed"])
+    run_phase(phase, [*inputs, tmp_path / "work", tmp_path / "resumed"])
     whole, resumed = _weights(tmp_path / "whole"), _weights(tmp_path / "resumed")
     assert whole
     assert whole == resumed
