@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 from prefect import get_client, task
@@ -27,7 +27,7 @@ from graftline.recipe import Recipe
 from graftline.stores import is_shared
 from tasks.preflight import PreflightError
 from tasks.references import Place
-from tasks.steps import note_done
+from tasks.steps import AWAY_SECONDS, is_away, note_done
 
 DEPLOYMENT = "steps/steps"
 _ATTEMPTS = 4
@@ -102,11 +102,7 @@ def on_a_worker(
         "references": [f"{step.kind}/{step.reference.fingerprint}" for step in chain.steps],
     }
     for _ in range(_ATTEMPTS):
-        with _sending:  # Prefect numbers what a run sends out, one at a time
-            run = run_deployment(
-                DEPLOYMENT, parameters=parameters, flow_run_name=chain.title, timeout=0
-            )
-        state = _final_state(run.id, chain.title)
+        state = _final_state(_send(chain.title, parameters), chain.title)
         if state.is_completed():
             for step in chain.steps:
                 note_done(step, place)
@@ -118,6 +114,29 @@ def on_a_worker(
         f"{chain.title}: {_ATTEMPTS} workers ended in the middle of it; see their logs (memory?) "
         "and run again. Finished steps are kept."
     )
+
+
+def _send(title: str, parameters: dict[str, Any]) -> UUID:
+    """Sends a flow run out, and waits for a server that is away; returns the run's id."""
+    given_up = time.monotonic() + AWAY_SECONDS
+    # A request that was answered by nobody may have been heard: the same key means the same run.
+    key = str(uuid4())
+    while True:
+        try:
+            with _sending:  # Prefect numbers what a run sends out, one at a time
+                run = run_deployment(
+                    DEPLOYMENT,
+                    parameters=parameters,
+                    flow_run_name=title,
+                    timeout=0,
+                    idempotency_key=key,
+                )
+            return UUID(str(run.id))
+        except httpx.HTTPError as error:
+            if not is_away(error) or time.monotonic() > given_up:
+                raise
+            _log.warning("%s: Prefect's server does not answer (%s)", title, error)
+            time.sleep(_POLL_SECONDS)
 
 
 def _final_state(flow_run_id: UUID, title: str) -> State[Any]:

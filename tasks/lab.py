@@ -8,13 +8,16 @@ over all machines. Its slots are leased: one whose holder dies is free again aft
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
+import httpx
 from prefect import get_client
 from prefect.automations import Automation
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
@@ -33,8 +36,10 @@ TAG = "graftline"
 """Every deployment of `prefect.yaml` has it."""
 HEARTBEAT_SECONDS = 30
 """Prefect allows no shorter one."""
+_AGAIN_SECONDS = 5.0
 _MISSED = timedelta(seconds=3 * HEARTBEAT_SECONDS)
 _WATCH = "graftline: a run whose machine is gone has crashed"
+_log = logging.getLogger(__name__)
 _ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Paused", "Suspended")
 
 
@@ -141,7 +146,22 @@ def serve_work(slots: int, name: str | None, home: Path) -> None:
             )
         )
 
-    asyncio.run(both())
+    while True:
+        try:
+            asyncio.run(both())
+            return
+        except Exception as error:
+            if not _server_is_away(error):
+                raise
+            _log.warning("Prefect's server does not answer; asking again")
+        time.sleep(_AGAIN_SECONDS)
+
+
+def _server_is_away(error: BaseException) -> bool:
+    """Whether a worker ended because its server was away for longer than a minute and a half."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(_server_is_away(each) for each in error.exceptions)
+    return isinstance(error, httpx.TransportError) or "error threshold" in str(error)
 
 
 def _watch_runs() -> None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.tasks import exponential_backoff
 
@@ -32,6 +35,9 @@ from tasks.references import Place
 SLOTS_VARIABLE = "GRAFTLINE_CONCURRENCY_LIMIT"
 LEASE_SECONDS = 60.0
 """Prefect allows no shorter one."""
+AWAY_SECONDS = 900.0
+"""How long a step or a run waits for a Prefect server that does not answer."""
+_POLL_SECONDS = 2.0
 _COMPUTING = frozenset(CODE) - {"backbone", "merge", "weighted-merge", "compose", "adapters"}
 FINE_TUNING = ("fine-tune", "guarded-fine-tune", "fisher")
 """Kinds that hold a backbone's weights and as much again for each of them, or more."""
@@ -97,12 +103,45 @@ def _slot(kind: str) -> Iterator[None]:
     if not limit or kind not in _COMPUTING:
         yield
         return
-    # Without `strict` an unknown limit would be ignored. The lease ends a minute after its holder;
-    # a holder goes on while the server is away.
-    with concurrency(
-        limit, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False
-    ):
+    held = _take(limit)
+    try:
         yield
+    finally:
+        try:
+            held.close()
+        except httpx.HTTPError as error:  # its lease ends by itself
+            _log.warning("Prefect's server was not told that a slot is free: %s", error)
+
+
+def _take(limit: str) -> ExitStack:
+    """Waits for a slot, also where the server is away; closing gives it back."""
+    given_up = time.monotonic() + AWAY_SECONDS
+    while True:
+        held = ExitStack()
+        try:
+            # Without `strict` an unknown limit would be ignored. The lease ends a minute after its
+            # holder; a holder goes on while the server is away.
+            held.enter_context(
+                concurrency(
+                    limit,
+                    strict=True,
+                    lease_duration=LEASE_SECONDS,
+                    raise_on_lease_renewal_failure=False,
+                )
+            )
+            return held
+        except (ConcurrencySlotAcquisitionError, httpx.HTTPError) as error:
+            if not is_away(error.__cause__ or error) or time.monotonic() > given_up:
+                raise
+            _log.warning("a slot of %s: Prefect's server does not answer", limit)
+            time.sleep(_POLL_SECONDS)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether a request failed because Prefect's server did not do its work."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= 500
+    return isinstance(error, httpx.TransportError)
 
 
 def _task(kind: str) -> Task[[Step, Place], Reference]:

@@ -5,26 +5,42 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 BUCKET = "lab"
+_INSTALL = "install graftline[s3,test] for this test"
 KEYS = {"AWS_ACCESS_KEY_ID": "graftline", "AWS_SECRET_ACCESS_KEY": "planted-secret-4711"}
 
 
-@contextmanager
-def s3_server() -> Iterator[dict[str, str]]:
-    """A server with one empty bucket; yields the environment that leads to it.
+class ObjectStore:
+    """A server with one bucket; what it holds outlives its being stopped.
 
     Skips the test where the extras `s3` and `test` are not installed.
+
+    Attributes:
+        environment: variables that lead to it, once it was started.
     """
-    moto = pytest.importorskip("moto.server", reason="install graftline[s3,test] for this test")
-    s3fs = pytest.importorskip("s3fs", reason="install graftline[s3,test] for this test")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        environment = {
+
+    def __init__(self) -> None:
+        self._moto = pytest.importorskip("moto.server", reason=_INSTALL)
+        self._s3fs = pytest.importorskip("s3fs", reason=_INSTALL)
+        self._server: Any = None
+        self._port = 0
+        self.environment: dict[str, str] = {}
+
+    def start(self) -> None:
+        """Starts it, at the same address as before."""
+        self._server = self._moto.ThreadedMotoServer(
+            ip_address="127.0.0.1", port=self._port, verbose=False
+        )
+        self._server.start()
+        host, port = self._server.get_host_and_port()
+        if self._port:
+            return
+        self._port = port
+        self.environment = {
             **KEYS,
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -32,13 +48,28 @@ def s3_server() -> Iterator[dict[str, str]]:
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             "AWS_EC2_METADATA_DISABLED": "true",
         }
-        files = s3fs.S3FileSystem(
+        files = self._s3fs.S3FileSystem(
             key=KEYS["AWS_ACCESS_KEY_ID"],
             secret=KEYS["AWS_SECRET_ACCESS_KEY"],
-            endpoint_url=environment["AWS_ENDPOINT_URL"],
+            endpoint_url=self.environment["AWS_ENDPOINT_URL"],
             skip_instance_cache=True,
         )
         files.mkdir(BUCKET)
-        yield environment
+
+    def stop(self) -> None:
+        """Stops it; nothing listens any more."""
+        if self._server is not None:
+            self._server.stop()
+            self._server._server.server_close()  # or it would go on accepting connections
+            self._server = None
+
+
+@contextmanager
+def s3_server() -> Iterator[dict[str, str]]:
+    """A server with one empty bucket; yields the environment that leads to it."""
+    store = ObjectStore()
+    try:
+        store.start()
+        yield store.environment
     finally:
-        server.stop()
+        store.stop()

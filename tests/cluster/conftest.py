@@ -16,20 +16,64 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from graftline.data.build import build
 from tests.flows.conftest import SIZES, Project
-from tests.object_store import s3_server
+from tests.object_store import ObjectStore
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "planted-password-0815"
 _START_SECONDS = 150.0
+
+
+@dataclass
+class Server:
+    """A process that listens on loopback.
+
+    Attributes:
+        command: what starts it.
+        environment: its variables.
+        log: where its output goes.
+        answers: whether it does its work.
+        ending: the signal that asks it to stop.
+    """
+
+    command: list[str]
+    environment: Mapping[str, str]
+    log: Path
+    answers: Callable[[], bool]
+    ending: signal.Signals = signal.SIGTERM
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it, and waits until it answers."""
+        with self.log.open("ab") as file:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdout=file, stderr=file,
+                cwd=self.log.parent, start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + _START_SECONDS
+        while not self.answers():
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.3)
+
+    def stop(self) -> None:
+        """Asks it to end, and sees to it."""
+        if self.process is None:
+            return
+        self.process.send_signal(self.ending)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        kill_group(self.process)
+        self.process = None
 
 
 @dataclass
@@ -59,11 +103,13 @@ class Lab:
         folder: of everything.
         environment: variables that lead to the servers.
         database: folder of PostgreSQL's programs, and the URL of the server.
+        servers: by name; each can be stopped and started again.
     """
 
     folder: Path
     environment: dict[str, str]
     database: tuple[Path, str]
+    servers: dict[str, Server | ObjectStore]
 
     def machine(self, name: str) -> Machine:
         folder = self.folder / name
@@ -137,27 +183,31 @@ def running_lab(programs: Path) -> Iterator[Lab]:
     folder.chmod(0o755)  # PostgreSQL runs as another user and looks into it
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        s3 = stack.enter_context(s3_server())
-        database = stack.enter_context(_postgres(programs, folder / "postgres"))
-        for name in ("prefect", "mlflow"):
-            subprocess.run(
-                [str(programs / "createdb"), "--maintenance-db", f"{database}/postgres", name],
-                check=True,
-            )
+        store = ObjectStore()
+        stack.callback(store.stop)
+        store.start()
+        postgres, database = _postgres(programs, folder / "postgres")
         prefect, mlflow = _free_port(), _free_port()
         environment = {
-            **s3,
+            **store.environment,
             "PREFECT_API_URL": f"http://127.0.0.1:{prefect}/api",
             "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow}",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
         }
-        stack.enter_context(_prefect(folder, prefect, database))
-        stack.enter_context(_mlflow(folder, mlflow, database, s3))
-        lab = Lab(folder, environment, (programs, database))
+        servers = {
+            "postgres": postgres,
+            "prefect": _prefect(folder, prefect, database),
+            "mlflow": _mlflow(folder, mlflow, database, store.environment),
+        }
+        for name, server in servers.items():
+            stack.callback(server.stop)
+            if name != "postgres":
+                there = ["--maintenance-db", f"{database}/postgres"]
+                subprocess.run([str(programs / "createdb"), *there, name], check=True)
+            server.start()
+        lab = Lab(folder, environment, (programs, database), {**servers, "store": store})
         laptop = lab.machine("laptop")
         build(laptop.folder / "data", sizes=SIZES)
-        _wait(f"http://127.0.0.1:{prefect}/api/health", folder / "prefect.log")
-        _wait(f"http://127.0.0.1:{mlflow}/health", folder / "mlflow.log")
         code, text = laptop.run("deploy", "--slots", "2")
         assert code == 0, text
         yield lab
@@ -179,8 +229,7 @@ def _postgres_programs() -> Path | None:
     return installed[-1].parent if installed else None
 
 
-@contextmanager
-def _postgres(programs: Path, folder: Path) -> Iterator[str]:
+def _postgres(programs: Path, folder: Path) -> tuple[Server, str]:
     """A server of our own; it refuses to run as root, so root lends it another user's rights."""
     user = "postgres" if os.getuid() == 0 else None
     folder.mkdir()
@@ -196,21 +245,21 @@ def _postgres(programs: Path, folder: Path) -> Iterator[str]:
     subprocess.run(tied(initdb, user), check=True, capture_output=True, cwd=folder)
     command = [str(programs / "postgres"), "-D", str(data), "-p", str(port), "-k", str(folder)]
     command += ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
-    with _server(tied(command, user), folder.with_suffix(".log"), os.environ):
-        deadline = time.monotonic() + _START_SECONDS
-        ready = [str(programs / "pg_isready"), "--quiet", "-h", "127.0.0.1", "-p", str(port)]
-        while subprocess.run(ready, check=False).returncode != 0:
-            assert time.monotonic() < deadline, folder.with_suffix(".log").read_text()
-            time.sleep(0.2)
-        yield f"postgresql://graftline:{PASSWORD}@127.0.0.1:{port}"
+    ready = [str(programs / "pg_isready"), "--quiet", "-h", "127.0.0.1", "-p", str(port)]
+
+    def answers() -> bool:
+        return subprocess.run(ready, check=False).returncode == 0
+
+    # SIGINT: it ends although others are connected, and leaves nothing to recover.
+    log = folder.with_suffix(".log")
+    server = Server(tied(command, user), os.environ, log, answers, signal.SIGINT)
+    return server, f"postgresql://graftline:{PASSWORD}@127.0.0.1:{port}"
 
 
-@contextmanager
-def _prefect(folder: Path, port: int, database: str) -> Iterator[None]:
-    home = folder / "prefect-home"
+def _prefect(folder: Path, port: int, database: str) -> Server:
     environment = {
         **os.environ,
-        "PREFECT_HOME": str(home),
+        "PREFECT_HOME": str(folder / "prefect-home"),
         "PREFECT_API_DATABASE_CONNECTION_URL": (
             database.replace("postgresql:", "postgresql+asyncpg:") + "/prefect"
         ),
@@ -222,12 +271,15 @@ def _prefect(folder: Path, port: int, database: str) -> Iterator[None]:
         "PREFECT_UI_ENABLED": "false",
     }
     command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with _server(tied([sys.executable, *command]), folder / "prefect.log", environment):
-        yield
+    return Server(
+        tied([sys.executable, *command]),
+        environment,
+        folder / "prefect.log",
+        partial(_answers, f"http://127.0.0.1:{port}/api/health"),
+    )
 
 
-@contextmanager
-def _mlflow(folder: Path, port: int, database: str, s3: dict[str, str]) -> Iterator[None]:
+def _mlflow(folder: Path, port: int, database: str, s3: dict[str, str]) -> Server:
     environment = {
         **os.environ,
         **s3,
@@ -240,37 +292,20 @@ def _mlflow(folder: Path, port: int, database: str, s3: dict[str, str]) -> Itera
         "--backend-store-uri", database.replace(":", "+psycopg2:", 1) + "/mlflow", "--workers", "1",
         "--artifacts-destination", "s3://lab/mlflow",
     ]  # fmt: skip
-    with _server(tied(command), folder / "mlflow.log", environment):
-        yield
+    return Server(
+        tied(command),
+        environment,
+        folder / "mlflow.log",
+        partial(_answers, f"http://127.0.0.1:{port}/health"),
+    )
 
 
-@contextmanager
-def _server(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[None]:
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command, env=environment, stdout=file, stderr=file, cwd=log.parent,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            yield
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                pass
-            kill_group(process)
-
-
-def _wait(url: str, log: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return
-        except OSError:
-            time.sleep(0.3)
-    raise AssertionError(f"{url} does not answer:\n{log.read_text()[-3000:]}")
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except OSError:
+        return False
 
 
 def _free_port() -> int:
