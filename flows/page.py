@@ -23,6 +23,7 @@ from graftline.errors import GraftlineError
 from tasks.choices import Choice
 
 NOBODY = "nobody: one answer only"
+WORDLESS = "(it ends without a word)"
 _KEPT = 2
 """Models in memory: as many as are compared."""
 _ENDINGS = {"image": None, "audio": [".wav"], "video": None, "point_cloud": [".ply"]}
@@ -115,6 +116,7 @@ def answers(
         if label != NOBODY:
             try:
                 text, own = models.answer(label, media, question)
+                text = text if text.strip() else WORDLESS
                 notes |= dict.fromkeys(own)
             except GraftlineError as error:
                 notes[str(error)] = None

@@ -25,9 +25,10 @@ from graftline.errors import GraftlineError
 from graftline.plan import Step
 from graftline.recipe import Recipe
 from graftline.stores import is_shared
+from tasks.patience import AWAY_SECONDS, is_away
 from tasks.preflight import PreflightError
 from tasks.references import Place
-from tasks.steps import AWAY_SECONDS, is_away, note_done
+from tasks.steps import note_done
 
 DEPLOYMENT = "steps/steps"
 _ATTEMPTS = 4

@@ -17,7 +17,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import httpx
 from prefect import get_client
 from prefect.automations import Automation
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
@@ -28,6 +27,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
 from graftline.errors import GraftlineError
+from tasks.patience import is_away
 from tasks.server import configured_url
 
 POOL = "gpu"
@@ -161,7 +161,7 @@ def _server_is_away(error: BaseException) -> bool:
     """Whether a worker ended because its server was away for longer than a minute and a half."""
     if isinstance(error, BaseExceptionGroup):
         return all(_server_is_away(each) for each in error.exceptions)
-    return isinstance(error, httpx.TransportError) or "error threshold" in str(error)
+    return is_away(error) or "error threshold" in str(error)
 
 
 def _watch_runs() -> None:

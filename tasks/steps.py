@@ -30,13 +30,12 @@ from graftline.store import Store
 from graftline.stores import open_store
 from graftline.work import Machine
 from tasks import tracking
+from tasks.patience import AWAY_SECONDS, is_away
 from tasks.references import Place
 
 SLOTS_VARIABLE = "GRAFTLINE_CONCURRENCY_LIMIT"
 LEASE_SECONDS = 60.0
 """Prefect allows no shorter one."""
-AWAY_SECONDS = 900.0
-"""How long a step or a run waits for a Prefect server that does not answer."""
 _POLL_SECONDS = 2.0
 _COMPUTING = frozenset(CODE) - {"backbone", "merge", "weighted-merge", "compose", "adapters"}
 FINE_TUNING = ("fine-tune", "guarded-fine-tune", "fisher")
@@ -135,13 +134,6 @@ def _take(limit: str) -> ExitStack:
                 raise
             _log.warning("a slot of %s: Prefect's server does not answer", limit)
             time.sleep(_POLL_SECONDS)
-
-
-def is_away(error: BaseException) -> bool:
-    """Whether a request failed because Prefect's server did not do its work."""
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code >= 500
-    return isinstance(error, httpx.TransportError)
 
 
 def _task(kind: str) -> Task[[Step, Place], Reference]:
