@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import Lab, Machine, kill_group
-from tests.cluster.test_lab import (
+from tests.cluster.seen import (
     ON_WORKERS,
     bits,
     metrics,

@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.cluster.conftest import Lab, Machine
-from tests.cluster.test_lab import ON_WORKERS, metrics, runs_in, slots_taken
+from tests.cluster.seen import ON_WORKERS, metrics, runs_in, slots_taken
 from tests.flows.conftest import TIMES
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
