@@ -23,7 +23,7 @@ from tasks.server import Server
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 100, 1000])
-    parser.add_argument("--seconds", type=float, default=0.5, help="that a task computes")
+    parser.add_argument("--seconds", type=float, default=0.25, help="that a task computes")
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument(
         "--step", type=float, default=20.0, help="seconds of a real step, for the share"
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def measure(count: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Runs `count` tasks, each after the one before it in its slot's chain."""
+    """Runs `count` tasks that do not wait for each other."""
     from prefect import flow, task
 
     from flows.slots import Job, carry_out

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -25,7 +26,7 @@ from graftline.errors import GraftlineError
 from graftline.plan import Step
 from graftline.recipe import Recipe
 from graftline.stores import is_shared
-from tasks.patience import AWAY_SECONDS, is_away
+from tasks.patience import patiently
 from tasks.preflight import PreflightError
 from tasks.references import Place
 from tasks.steps import note_done
@@ -103,7 +104,9 @@ def on_a_worker(
         "references": [f"{step.kind}/{step.reference.fingerprint}" for step in chain.steps],
     }
     for _ in range(_ATTEMPTS):
-        state = _final_state(_send(chain.title, parameters), chain.title)
+        # A request that nobody answered may have been heard: hence the key.
+        send = partial(_send, chain.title, parameters, str(uuid4()))
+        state = _final_state(patiently(send, chain.title), chain.title)
         if state.is_completed():
             for step in chain.steps:
                 note_done(step, place)
@@ -117,27 +120,17 @@ def on_a_worker(
     )
 
 
-def _send(title: str, parameters: dict[str, Any]) -> UUID:
-    """Sends a flow run out, and waits for a server that is away; returns the run's id."""
-    given_up = time.monotonic() + AWAY_SECONDS
-    # A request that was answered by nobody may have been heard: the same key means the same run.
-    key = str(uuid4())
-    while True:
-        try:
-            with _sending:  # Prefect numbers what a run sends out, one at a time
-                run = run_deployment(
-                    DEPLOYMENT,
-                    parameters=parameters,
-                    flow_run_name=title,
-                    timeout=0,
-                    idempotency_key=key,
-                )
-            return UUID(str(run.id))
-        except httpx.HTTPError as error:
-            if not is_away(error) or time.monotonic() > given_up:
-                raise
-            _log.warning("%s: Prefect's server does not answer (%s)", title, error)
-            time.sleep(_POLL_SECONDS)
+def _send(title: str, parameters: dict[str, Any], key: str) -> UUID:
+    """Sends a flow run out and returns its id; the same key means the same run."""
+    with _sending:  # Prefect numbers what a run sends out, one at a time
+        run = run_deployment(
+            DEPLOYMENT,
+            parameters=parameters,
+            flow_run_name=title,
+            timeout=0,
+            idempotency_key=key,
+        )
+    return UUID(str(run.id))
 
 
 def _final_state(flow_run_id: UUID, title: str) -> State[Any]:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
-from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.tasks import exponential_backoff
 
@@ -30,13 +29,12 @@ from graftline.store import Store
 from graftline.stores import open_store
 from graftline.work import Machine
 from tasks import tracking
-from tasks.patience import AWAY_SECONDS, is_away
+from tasks.patience import patiently
 from tasks.references import Place
 
 SLOTS_VARIABLE = "GRAFTLINE_CONCURRENCY_LIMIT"
 LEASE_SECONDS = 60.0
 """Prefect allows no shorter one."""
-_POLL_SECONDS = 2.0
 _COMPUTING = frozenset(CODE) - {"backbone", "merge", "weighted-merge", "compose", "adapters"}
 FINE_TUNING = ("fine-tune", "guarded-fine-tune", "fisher")
 """Kinds that hold a backbone's weights and as much again for each of them, or more."""
@@ -102,7 +100,7 @@ def _slot(kind: str) -> Iterator[None]:
     if not limit or kind not in _COMPUTING:
         yield
         return
-    held = _take(limit)
+    held = patiently(partial(_take, limit), f"a slot of {limit}")
     try:
         yield
     finally:
@@ -113,27 +111,16 @@ def _slot(kind: str) -> Iterator[None]:
 
 
 def _take(limit: str) -> ExitStack:
-    """Waits for a slot, also where the server is away; closing gives it back."""
-    given_up = time.monotonic() + AWAY_SECONDS
-    while True:
-        held = ExitStack()
-        try:
-            # Without `strict` an unknown limit would be ignored. The lease ends a minute after its
-            # holder; a holder goes on while the server is away.
-            held.enter_context(
-                concurrency(
-                    limit,
-                    strict=True,
-                    lease_duration=LEASE_SECONDS,
-                    raise_on_lease_renewal_failure=False,
-                )
-            )
-            return held
-        except (ConcurrencySlotAcquisitionError, httpx.HTTPError) as error:
-            if not is_away(error.__cause__ or error) or time.monotonic() > given_up:
-                raise
-            _log.warning("a slot of %s: Prefect's server does not answer", limit)
-            time.sleep(_POLL_SECONDS)
+    """Takes a slot; closing gives it back."""
+    held = ExitStack()
+    # Without `strict` an unknown limit would be ignored. The lease ends a minute after its holder;
+    # a holder goes on while the server is away.
+    held.enter_context(
+        concurrency(
+            limit, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False
+        )
+    )
+    return held
 
 
 def _task(kind: str) -> Task[[Step, Place], Reference]:

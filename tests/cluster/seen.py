@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import Lab, Machine
-from tests.flows.conftest import TIMES
+from tests.cluster.conftest import Lab
+from tests.flows.conftest import bits_of
 from tests.object_store import BUCKET
 
 SHARED = f"s3://{BUCKET}/artifacts"
 ON_WORKERS = ["--set", f"store={SHARED}", "--set", "execution.where=workers"]
-NOT_BITS = {"timing.json"}  # how long it took
-
-
-def metrics(machine: Machine, path: str) -> dict[str, Any]:
-    content = json.loads((machine.folder / "reports/tiny" / path / "metrics.json").read_text())
-    return {name: value for name, value in content.items() if name not in TIMES}
 
 
 def asked(lab: Lab, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -42,21 +37,20 @@ def slots_taken(lab: Lab) -> int:
     return int(asked(lab, "v2/concurrency_limits/gpu")["active_slots"])
 
 
-def bits(manifests: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """Artifact -> file -> sha256, of what must be the same everywhere."""
-    return {
-        f"{each['kind']}/{each['fingerprint']}": {
-            name: entry["sha256"] for name, entry in each["files"].items() if name not in NOT_BITS
-        }
-        for each in manifests
-    }
+def wait_for_free_slots(lab: Lab, seconds: float = 120.0) -> None:
+    """Waits until no slot is taken."""
+    deadline = time.monotonic() + seconds
+    while slots_taken(lab):
+        assert time.monotonic() < deadline, "a slot stays taken"
+        time.sleep(1)
 
 
-def published(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def published(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, str]]:
+    """What the store holds: artifact -> file -> sha256."""
     import s3fs
 
     for name, value in lab.environment.items():
         monkeypatch.setenv(name, value)
     files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
     found = files.glob(f"{BUCKET}/artifacts/*/*/manifest.json")
-    return [json.loads(files.cat_file(path)) for path in found]
+    return bits_of([json.loads(files.cat_file(path)) for path in found])

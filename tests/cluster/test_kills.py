@@ -5,7 +5,6 @@ Three times by default; GRAFTLINE_KILLS=20 takes the better part of an hour.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
@@ -17,14 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import Lab, Machine, kill_group
-from tests.cluster.seen import (
-    ON_WORKERS,
-    bits,
-    metrics,
-    published,
-    runs_in,
-    slots_taken,
-)
+from tests.cluster.seen import ON_WORKERS, published, runs_in, wait_for_free_slots
 from tests.flows.conftest import PAIR
 
 KILLS = int(os.environ.get("GRAFTLINE_KILLS", "3"))
@@ -86,17 +78,10 @@ def test_machines_are_switched_off_at_any_moment(
             workers[name] = stack.enter_context(lab.worker(name))  # it is switched on again
         text, _ = process.communicate(timeout=300 + 150 * A_RUN)
         assert process.returncode == 0, f"{killed}: {text}"
-        deadline = time.monotonic() + 180
-        while slots_taken(lab):
-            assert time.monotonic() < deadline, "a dead worker keeps its slot"
-            time.sleep(1)
+        wait_for_free_slots(lab, 180.0)
     print(f"switched off during: {killed}")
     path = f"mera/order-image-audio/seed-{seed}"
-    assert metrics(laptop, path) == metrics(alone, path), killed
-    here = [
-        json.loads(file.read_text())
-        for file in alone.folder.glob("artifacts/[!.]*/[!.]*/manifest.json")
-    ]
-    there = bits(published(lab, monkeypatch))
-    assert {name: there.get(name) for name in bits(here)} == bits(here), killed
+    assert laptop.metrics(path) == alone.metrics(path), killed
+    here, there = alone.bits(), published(lab, monkeypatch)
+    assert {name: there.get(name) for name in here} == here, killed
     assert runs_in(lab, "RUNNING", "PENDING", "SCHEDULED") == []

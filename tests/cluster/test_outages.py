@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.cluster.conftest import Lab, Machine
-from tests.cluster.seen import ON_WORKERS, metrics, runs_in, slots_taken
+from tests.cluster.seen import ON_WORKERS, runs_in, wait_for_free_slots
 from tests.flows.conftest import TIMES
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -80,13 +80,10 @@ def test_a_server_that_is_away_costs_nothing(
     text, _ = process.communicate(timeout=400)
     assert process.returncode == 0, text
     path = f"finetune/order-image/seed-{seed}"
-    assert metrics(laptop, path) == metrics(alone, path)
+    assert laptop.metrics(path) == alone.metrics(path)
     called = f"finetune seed {seed}, image"
     told = points(lab.environment["MLFLOW_TRACKING_URI"], called)
     expected: dict[Any, Any] = points(f"sqlite:///{alone.folder}/mlruns/mlflow.db", called)
     assert told == expected
-    deadline = time.monotonic() + 120
-    while slots_taken(lab):
-        assert time.monotonic() < deadline, "a slot stays taken"
-        time.sleep(1)
+    wait_for_free_slots(lab)
     assert runs_in(lab, "RUNNING", "PENDING", "SCHEDULED") == []

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -29,6 +30,7 @@ SIZES = {"train": 64, "validation": 16, "test": 16}
 PAIR = ("--set", "order=[image,audio]")
 """The first two stages of the tiny recipe's four."""
 TRAINED = ("align", "fine-tune", "merge", "realign")
+NOT_BITS = {"timing.json"}  # how long it took
 
 
 @dataclass
@@ -77,25 +79,21 @@ class Project:
             assert time.monotonic() < deadline, "the run makes no progress"
             time.sleep(0.02)
 
-    def metrics(self) -> dict[str, object]:
-        """The report of the run of `mera`, without what no two runs share."""
-        path = self.folder / "reports/tiny/mera/seed-0/metrics.json"
-        metrics = json.loads(path.read_text())
+    def metrics(self, run: str = "mera/seed-0") -> dict[str, Any]:
+        """The report of a run, without what no two runs share."""
+        metrics = json.loads((self.folder / "reports/tiny" / run / "metrics.json").read_text())
         return {name: value for name, value in metrics.items() if name not in TIMES}
 
-    def bits(self, *kinds: str) -> dict[str, dict[str, str]]:
-        """Artifact of some kinds, or of all -> weights and answers in it -> sha256."""
-        found = {}
-        for path in self.folder.glob("artifacts/[!.]*/[!.]*/manifest.json"):
-            kind, name = path.parts[-3:-1]
-            files = json.loads(path.read_text())["files"]
-            if not kinds or kind in kinds:
-                found[f"{kind}/{name}"] = {
-                    file: entry["sha256"]
-                    for file, entry in files.items()
-                    if file.endswith((".safetensors", ".parquet"))
-                }
-        return found
+    def bits(self) -> dict[str, dict[str, str]]:
+        """Artifact -> file -> sha256; see `bits_of`."""
+        found = self.folder.glob("artifacts/[!.]*/[!.]*/manifest.json")
+        return bits_of([json.loads(path.read_text()) for path in found])
+
+    def scores(self, path: str) -> set[str]:
+        """Rows of a report's scores.csv, but for what is asked at its last stage alone."""
+        text = (self.folder / "reports/tiny" / path / "scores.csv").read_text()
+        last = (",merged,", ",joint,")
+        return {row for row in text.splitlines() if not any(word in row for word in last)}
 
     def mlflow(self, query: str) -> list[tuple[object, ...]]:
         return _query(self.folder / "mlruns" / "mlflow.db", query)
@@ -120,6 +118,30 @@ class Project:
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)
         return self.processes()
+
+
+def bits_of(manifests: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Artifact -> file -> sha256, of what must be the same everywhere."""
+    return {
+        f"{each['kind']}/{each['fingerprint']}": {
+            name: entry["sha256"] for name, entry in each["files"].items() if name not in NOT_BITS
+        }
+        for each in manifests
+    }
+
+
+def assert_first_stages_of(finished: Project, pair: Project) -> None:
+    """What a run of `PAIR` left is what the whole run has of these stages, bit by bit."""
+    bits, expected = pair.bits(), finished.bits()
+    # The merged model is asked at the last stage alone, which is another one in the whole run.
+    own = sorted(name.split("/")[0] for name in bits.keys() - expected.keys())
+    assert set(own) <= {"evaluate", "evaluate-joint", "perplexity"}, own
+    shared = {name: files for name, files in bits.items() if name in expected}
+    assert sum(name.split("/")[0] in TRAINED for name in shared) == 9
+    assert shared == {name: expected[name] for name in shared}
+    scores = pair.scores("mera/order-image-audio/seed-0")
+    assert len(scores) > 8
+    assert scores <= finished.scores("mera/seed-0")
 
 
 def _query(path: Path, query: str) -> list[tuple[object, ...]]:

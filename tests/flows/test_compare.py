@@ -78,3 +78,6 @@ def test_methods_are_compared_and_nothing_is_computed_twice(copy):
     assert copy.mlflow("select count(*) from runs") == runs
     assert copy.mlflow("select count(*) from runs where status != 'FINISHED'")[0][0] == 0
     assert copy.left_over() == []
+    code, text = copy.run("compare", "params/tiny.yaml", "--methods", "mera")
+    assert code == 0, text
+    assert "mera seed 0: finished before" in text  # made by `run`

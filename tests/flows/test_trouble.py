@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import PAIR, TRAINED
+from tests.flows.conftest import PAIR, assert_first_stages_of
 
 pytestmark = pytest.mark.slow
 
@@ -18,8 +18,7 @@ def test_two_runs_at_once_end_in_one_result(fresh, finished):
         text, _ = process.communicate(timeout=400)
         assert process.returncode == 0, text
         assert "Traceback" not in text
-    bits, expected = fresh.bits(*TRAINED), finished.bits()
-    assert bits and bits == {name: expected[name] for name in bits}
+    assert_first_stages_of(finished, fresh)
     runs = fresh.mlflow("select status from runs where name like 'mera seed 0%'")
     assert {status for (status,) in runs} == {"FINISHED"}
     assert not list((fresh.folder / "artifacts/.runs").iterdir())
@@ -68,6 +67,5 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing(small_disk, fresh,
     assert code == 0, text
     after = fresh.artifacts()
     assert {name: after[name] for name in done} == done
-    bits, expected = fresh.bits(*TRAINED), finished.bits()
-    assert bits and bits == {name: expected[name] for name in bits}
+    assert_first_stages_of(finished, fresh)
     assert fresh.left_over() == []
