@@ -17,6 +17,7 @@ MODEL_CODE = (
     "model/connectors.py",
     "model/loading.py",
     "model/multimodal.py",
+    "model/precision.py",
     "model/prompts.py",
     "data/examples.py",
     "data/features.py",
@@ -82,7 +83,7 @@ CODE: dict[str, tuple[str, ...]] = {
     ),
     "evaluate": ANSWERING_CODE,
     "evaluate-joint": (*ANSWERING_CODE, "evaluation/joint.py"),
-    "perplexity": ("model/attention.py", "evaluation/perplexity.py"),
+    "perplexity": ("model/attention.py", "model/precision.py", "evaluation/perplexity.py"),
 }
 
 

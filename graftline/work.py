@@ -10,6 +10,7 @@ import torch
 
 from graftline.model.attention import attention_for
 from graftline.model.backbone import load_backbone
+from graftline.model.precision import computing_dtype
 from graftline.plan import Step
 from graftline.recipe import PhaseSettings
 from graftline.store import Artifact
@@ -97,13 +98,16 @@ def open_backbone(folder: Path, precision: str, attention: str, device: str) -> 
 
     Args:
         folder: a `transformers` folder.
-        precision: name of its weights' dtype.
+        precision: name of its weights' dtype on disk, in which `save_backbone` writes it again.
         attention: `auto`, or `transformers`' name of an implementation.
-        device: where it goes.
+        device: where it goes, and what chooses the dtype it computes in.
     """
     if attention == "auto":
         attention = attention_for(folder, device)
-    return load_backbone(folder, DTYPES[precision], attention, device)
+    stored = DTYPES[precision]
+    model, tokenizer = load_backbone(folder, computing_dtype(stored, device), attention, device)
+    model.config.dtype = stored
+    return model, tokenizer
 
 
 def device_named(device: str) -> str:

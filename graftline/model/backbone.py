@@ -59,7 +59,8 @@ def convert_gguf(gguf_path: Path, out_folder: Path) -> None:
     tokenizer.chat_template = CHAT_TEMPLATE
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    _save(model.to(torch.bfloat16), tokenizer, out_folder)
+    model.config.dtype = torch.bfloat16
+    save_backbone(model, tokenizer, out_folder)
 
 
 @contextmanager
@@ -87,10 +88,17 @@ def _no_bars() -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_backbone(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes a causal LM, rounded to the dtype that its config names, and its tokenizer.
+
+    Args:
+        model: a `transformers` causal LM; its weights take that dtype in place.
+        tokenizer: its own.
+        folder: where to; made if it is not there.
+    """
     _no_bars()
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.dtype = model.dtype
+    model.to(model.config.dtype)
     model.config._name_or_path = ""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -155,7 +163,8 @@ def make_tiny(out_folder: Path, seed: int) -> None:
     with BUILDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = LlamaForCausalLM(config)
-    _save(model.to(torch.bfloat16), tokenizer, out_folder)
+    model.config.dtype = torch.bfloat16
+    save_backbone(model, tokenizer, out_folder)
 
 
 def _check_keys(information: dict[str, Any], folder: Path) -> None:

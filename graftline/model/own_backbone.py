@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from graftline.errors import GraftlineError
-from graftline.model.backbone import convert_gguf, load_backbone
+from graftline.model.backbone import convert_gguf, load_backbone, save_backbone
 from graftline.model.building import BUILDING
 from graftline.model.pretrained import (
     file_digest,
@@ -104,11 +104,7 @@ def write_own_backbone(recorded: Mapping[str, Any], out: Path) -> None:
         raise
     _check_interface(model, called)
     _check_tokenizer(tokenizer, called)
-    out.mkdir(parents=True, exist_ok=True)
-    model.config.dtype = model.dtype
-    model.config._name_or_path = ""
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_backbone(model, tokenizer, out)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from graftline.data.examples import ExampleSet, TrainingSet, replay_rows
+from graftline.model.backbone import save_backbone
 from graftline.model.connectors import MixerConnector
 from graftline.model.loading import (
     ConnectorRecord,
@@ -161,8 +162,7 @@ def guarded_fine_tune(
         fold_lora(loaded.model)
     for record, connector in pairs:
         save_connector(call.out, record, connector)
-    loaded.model.backbone.save_pretrained(call.out / "backbone")
-    loaded.tokenizer.save_pretrained(call.out / "backbone")
+    save_backbone(loaded.model.backbone, loaded.tokenizer, call.out / "backbone")
 
 
 def _connectors(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from graftline.data.examples import ExampleSet, TrainingSet, replay_rows
 from graftline.data.features import FeatureTable
+from graftline.model.backbone import save_backbone
 from graftline.model.connectors import MixerConnector
 from graftline.model.loading import (
     ConnectorRecord,
@@ -163,8 +164,7 @@ def fine_tune(
     for record, connector in pairs:
         save_connector(call.out, record, connector)
     if not frozen:
-        loaded.model.backbone.save_pretrained(call.out / "backbone")
-        loaded.tokenizer.save_pretrained(call.out / "backbone")
+        save_backbone(loaded.model.backbone, loaded.tokenizer, call.out / "backbone")
 
 
 def _answer_words(table: Tensor, examples: ExampleSet, parts: int) -> Tensor:
