@@ -23,6 +23,5 @@ def computing_dtype(stored: torch.dtype, device: str) -> torch.dtype:
 
 def _cpu_multiplies_bfloat16() -> bool:
     """Whether torch has more than a plain loop for it; torch asks itself the same."""
-    return torch.backends.mkldnn.is_available() and bool(
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return built and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
