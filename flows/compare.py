@@ -18,6 +18,7 @@ from graftline.comparison import BASELINE, comparison_of
 from graftline.plan import Reference
 from graftline.recipe import load_recipe
 from graftline.stores import open_store
+from graftline.work import Machine
 from tasks.comparing import (
     comparison_tags,
     computing_seconds,
@@ -26,7 +27,7 @@ from tasks.comparing import (
     reports_of,
     write_comparison,
 )
-from tasks.dispatch import check_workers
+from tasks.dispatch import check_machines
 from tasks.interruption import closed_when_stopped
 from tasks.outputs import compare_folder, report_folder, run_name, usual_order
 from tasks.preflight import check_folders
@@ -71,7 +72,7 @@ def compare(
     }
     usual, folder = usual_order(recipe_path), compare_folder(recipe.name)
     check_folders(recipe, folder)
-    check_workers(recipe)
+    check_machines(recipe)
     close_dead_runs(recipe.store)
     with (
         recorded_run(recipe.store) as record,
@@ -82,8 +83,7 @@ def compare(
         groups: dict[str, list[Path]] = {method: [] for method in wanted.methods}
         plans, done = plans_of(recipe_path, wanted, overrides or {}, data.files), set[Reference]()
         if recipe.execution.where == "workers":
-            machine = recipe.execution
-            place = Place(recipe.store, recipe.data.folder, machine.device, machine.slots)
+            place = Place(recipe.store, Machine.of(recipe))
             carry_out_all([plan for _, plan in plans], place, data)
         for run, plan in plans:
             report = report_folder(plan.recipe, usual)

@@ -18,7 +18,8 @@ from graftline.execution import is_done
 from graftline.recipe import Recipe, load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.stores import open_store
-from tasks.dispatch import check_workers
+from graftline.work import Machine
+from tasks.dispatch import check_machines
 from tasks.interruption import closed_when_stopped
 from tasks.outputs import model_alias, report_folder, run_name, usual_order
 from tasks.preflight import check_disk, check_folders
@@ -65,10 +66,10 @@ def opened_run(recipe: Recipe, folder: Path) -> Iterator[RunRecord]:
         folder: where its report goes.
 
     Raises:
-        GraftlineError: a folder cannot be written, or the recipe's workers are not there.
+        GraftlineError: a folder cannot be written, or a machine is not there that the recipe needs.
     """
     check_folders(recipe, folder)
-    check_workers(recipe)
+    check_machines(recipe)
     close_dead_runs(recipe.store)
     close_lost_runs(recipe.name)
     open_store(recipe.store).sweep()
@@ -106,13 +107,7 @@ def carry_out_run(
     tags = {"prefect_flow_run_id": str(flow_run.id), "prefect_url": str(flow_run.ui_url)}
     with tracked_run(recipe, name, plan.fingerprint, data, tags) as tracked:
         record.note(mlflow_uri=tracked.uri, mlflow_run=tracked.run_id)
-        place = Place(
-            recipe.store,
-            recipe.data.folder,
-            recipe.execution.device,
-            recipe.execution.slots,
-            tracked,
-        )
+        place = Place(recipe.store, Machine.of(recipe), tracked)
         computed = unfinished(plan, open_store(recipe.store))
         model_id = carry_out_stages(plan, place, data)
         seconds = time.monotonic() - started

@@ -46,8 +46,8 @@ def carry_out_there(
         name -> finished future; steps that travel together have the first one's name.
     """
     sent = sent_out(jobs, recipes, place, data)
-    slots = max(place.slots, min(len(sent), _WAITING))
-    return carry_out(sent, slots, {"here": place.slots})
+    slots = max(place.machine.slots, min(len(sent), _WAITING))
+    return carry_out(sent, slots, {"here": place.machine.slots})
 
 
 def carry_out_all(plans: Sequence[RunPlan], place: Place, data: DataVersion) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from prefect import flow
@@ -10,6 +11,7 @@ from prefect import flow
 from graftline.errors import GraftlineError
 from graftline.recipe import Recipe
 from graftline.run_plan import plan_run
+from graftline.work import Machine
 from tasks.references import Place
 from tasks.steps import TASKS
 
@@ -38,6 +40,6 @@ def steps(
             "Update both and run again."
         )
     # Numbers are recorded by the run that waits for these steps.
-    place = Place(chosen.store, chosen.data.folder, chosen.execution.device)
+    place = Place(chosen.store, replace(Machine.of(chosen), slots=1))
     for name in references:
         TASKS[known[name].kind](known[name], place)

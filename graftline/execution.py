@@ -45,6 +45,7 @@ from graftline.realign_steps import (
 )
 from graftline.recipe import LoraSettings
 from graftline.store import Artifact, Store
+from graftline.together import TOGETHER, train_together
 from graftline.training import phases
 from graftline.training.resampling import align_resampler
 from graftline.work import Machine, Work, call_of, load, phase_settings
@@ -84,7 +85,9 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
         started = time.monotonic()
         torch.set_num_threads(machine.threads)
         folder = store.work_folder(step.kind, fingerprint)
-        RUNNERS[step.kind](Work(step, parents, machine, folder, out))
+        shared = machine.processes > 1 and step.kind in TOGETHER
+        run = train_together if shared else RUNNERS[step.kind]
+        run(Work(step, parents, machine, folder, out))
         _record_seconds(out / TIMING, time.monotonic() - started)
 
     return store.publish(

@@ -35,6 +35,7 @@ from graftline.model_settings import BackboneSource
 from graftline.plan import Step
 from graftline.recipe import Recipe
 from graftline.store import Store
+from graftline.together import TOGETHER
 from graftline.work import DTYPES
 
 CHARACTERS_A_TOKEN = 4.0
@@ -335,7 +336,9 @@ def step_memory(step: Step, recipe: Recipe, shape: BackboneShape) -> int | None:
     names = given.get("modalities") or [given["modality"]]
     connectors = sum(_connector_parameters(recipe, name, shape.width) for name in names)
     master = 4 if size < 4 else 0  # a float32 weight is its own master
-    return weights + trained * (size + master + 8) + connectors * (4 + 4 + 8)
+    execution = recipe.execution
+    shares = execution.processes if execution.shard and step.kind in TOGETHER else 1
+    return (weights + trained * (size + master + 8)) // shares + connectors * (4 + 4 + 8)
 
 
 def _copies(step: Step, routed: set[str]) -> int:

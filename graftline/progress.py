@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -46,6 +47,57 @@ def shown(console: Console) -> Iterator[None]:
             yield
         finally:
             _shown.remove(progress)
+
+
+class _Relay(Progress):
+    """Bars that are shown in another process."""
+
+    def __init__(self, say: Callable[[Mapping[str, Any]], None]) -> None:
+        super().__init__(disable=True)
+        self._say = say
+
+    def add_task(self, description: str, *_: Any, **fields: Any) -> TaskID:
+        """Says that a bar begins."""
+        self._say({"bar": description, "total": fields["total"], "done": fields["completed"]})
+        return TaskID(0)
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        """Says that rounds are done."""
+        self._say({"rounds": fields["advance"], "note": fields["note"]})
+
+    def stop_task(self, task_id: TaskID) -> None:
+        """A bar that has all of its rounds is finished."""
+
+
+@contextmanager
+def relayed(say: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
+    """Says how loops go on, instead of showing it: plain data for another process's `replayed`."""
+    relay = _Relay(say)
+    _shown.append(relay)
+    try:
+        yield
+    finally:
+        _shown.remove(relay)
+
+
+@contextmanager
+def replayed() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Shows what another process says of its loops, one after another.
+
+    Yields:
+        Takes what `relayed` gave.
+    """
+    with ExitStack() as bars:
+        advance: list[Advance] = []
+
+        def take(said: Mapping[str, Any]) -> None:
+            if "bar" in said:
+                bars.close()
+                advance[:] = [bars.enter_context(track(said["bar"], said["total"], said["done"]))]
+            else:
+                advance[0](said["note"], said["rounds"])
+
+        yield take
 
 
 @contextmanager

@@ -184,6 +184,10 @@ class ExecutionSettings(Part):
     )
     slots: int = Field(1, ge=1, description="steps at once; on CPU they share its cores")
     fine_tunings: int = Field(1, ge=1, description="how many of them may fine-tune: memory")
+    processes: int = Field(1, ge=1, description="how many train one step together, a GPU each")
+    shard: bool = Field(
+        False, description="each of them holds a share of the weights (FSDP): for large backbones"
+    )
 
 
 class Recipe(Part):

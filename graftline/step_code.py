@@ -24,10 +24,12 @@ MODEL_CODE = (
 )
 TRAINING_CODE = (
     *MODEL_CODE,
+    "team.py",
     "training/loop.py",
     "training/lora.py",
     "training/optimizer.py",
     "training/phases.py",
+    "training/sharding.py",
 )
 GUARDED_CODE = (
     *TRAINING_CODE,

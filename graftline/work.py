@@ -12,8 +12,9 @@ from graftline.model.attention import attention_for
 from graftline.model.backbone import load_backbone
 from graftline.model.precision import computing_dtype
 from graftline.plan import Step
-from graftline.recipe import PhaseSettings
+from graftline.recipe import PhaseSettings, Recipe
 from graftline.store import Artifact
+from graftline.team import current
 from graftline.training import phases
 
 CORES = torch.get_num_threads()
@@ -28,11 +29,22 @@ class Machine:
         data_folder: the data.
         device: as in a recipe.
         slots: how many steps share the machine.
+        processes: how many train one step together, a GPU each.
+        shard: each of them holds a share of the backbone's weights.
     """
 
     data_folder: Path
     device: str = "auto"
     slots: int = 1
+    processes: int = 1
+    shard: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Machine:
+        """The machine that a recipe describes."""
+        given = recipe.execution
+        folder = Path(recipe.data.folder)
+        return cls(folder, given.device, given.slots, given.processes, given.shard)
 
     @property
     def threads(self) -> int:
@@ -90,22 +102,29 @@ def call_of(work: Work) -> phases.Call:
 def load(work: Work) -> tuple[Any, Any]:
     """The step's backbone and its tokenizer."""
     given, folder = work.step.parameters, work.parents["backbone"].folder / "backbone"
-    return open_backbone(folder, given["precision"], given["attention"], work.machine.torch_device)
+    place = "cpu" if current().shard else None  # its share goes to the device later
+    device = work.machine.torch_device
+    return open_backbone(folder, given["precision"], given["attention"], device, place)
 
 
-def open_backbone(folder: Path, precision: str, attention: str, device: str) -> tuple[Any, Any]:
+def open_backbone(
+    folder: Path, precision: str, attention: str, device: str, place: str | None = None
+) -> tuple[Any, Any]:
     """A backbone and its tokenizer, by a recipe's words.
 
     Args:
         folder: a `transformers` folder.
         precision: name of its weights' dtype on disk, in which `save_backbone` writes it again.
         attention: `auto`, or `transformers`' name of an implementation.
-        device: where it goes, and what chooses the dtype it computes in.
+        device: where it computes, which chooses the dtype it computes in.
+        place: where its weights go, if not there.
     """
     if attention == "auto":
         attention = attention_for(folder, device)
     stored = DTYPES[precision]
-    model, tokenizer = load_backbone(folder, computing_dtype(stored, device), attention, device)
+    model, tokenizer = load_backbone(
+        folder, computing_dtype(stored, device), attention, place or device
+    )
     model.config.dtype = stored
     return model, tokenizer
 

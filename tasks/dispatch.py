@@ -26,6 +26,8 @@ from graftline.errors import GraftlineError
 from graftline.plan import Step
 from graftline.recipe import Recipe
 from graftline.stores import is_shared
+from graftline.together import check_processes
+from graftline.work import Machine
 from tasks.patience import patiently
 from tasks.preflight import PreflightError
 from tasks.references import Place
@@ -41,13 +43,14 @@ _log = logging.getLogger(__name__)
 _sending = threading.Lock()
 
 
-def check_workers(recipe: Recipe) -> None:
-    """Whether steps can go out to workers, where the recipe says so.
+def check_machines(recipe: Recipe) -> None:
+    """Whether this machine can do what the recipe asks of it, or steps can go out to workers.
 
     Raises:
-        PreflightError: lists what is missing, and how to make it.
+        GraftlineError: lists what is missing, and how to make it.
     """
     if recipe.execution.where == "here":
+        check_processes(Machine.of(recipe))
         return
     problems = []
     if not is_shared(recipe.store) and not Path(recipe.store).is_absolute():

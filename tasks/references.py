@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from graftline.work import Machine
+
 
 @dataclass(frozen=True)
 class DataVersion:
@@ -44,14 +46,10 @@ class Place:
 
     Attributes:
         store: folder of the artifact store.
-        data_folder: the data.
-        device: where to compute.
-        slots: how many steps share the machine.
+        machine: what computes them, with the data.
         tracked: the run that numbers go to; None where nothing is recorded.
     """
 
     store: str
-    data_folder: str
-    device: str
-    slots: int = 1
+    machine: Machine
     tracked: TrackedRun | None = None

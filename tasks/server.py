@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from graftline.errors import GraftlineError
-from tasks.supervised import start_child, stop_child, when_parent_ends
+from graftline.supervised import start_child, stop_child, when_parent_ends
 
 HOME = Path(".prefect")
 UI_PORT = 4200

@@ -27,7 +27,6 @@ from graftline.run_plan import PlannedScore, RunPlan
 from graftline.step_code import CODE
 from graftline.store import Store
 from graftline.stores import open_store
-from graftline.work import Machine
 from tasks import tracking
 from tasks.patience import patiently
 from tasks.references import Place
@@ -66,8 +65,7 @@ def carry_out(step: Step, place: Place) -> Reference:
     store = open_store(place.store)
     with _slot(step.kind):
         reused = store.holds(step.kind, step.reference.fingerprint)
-        machine = Machine(Path(place.data_folder), place.device, place.slots)
-        artifact = execute(step, store, machine)
+        artifact = execute(step, store, place.machine)
         _record(step, place, artifact.folder, reused=reused)
     return step.reference
 

@@ -17,9 +17,9 @@ import urllib.request
 from collections.abc import Callable
 
 from graftline.errors import GraftlineError
+from graftline.supervised import start_child, stop_child, when_parent_ends
 from tasks import environment
 from tasks.server import Server
-from tasks.supervised import start_child, stop_child, when_parent_ends
 
 _START_SECONDS = 60.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from graftline.data.features import FeatureTable
 from graftline.model.multimodal import Batch, collate
 from graftline.model.prompts import EncodedPrompt, MediaSlot, PromptEncoder
+from graftline.team import Team, current
 
 BUCKET = 8
 """Batches whose rows are sorted by length together."""
@@ -74,17 +76,27 @@ class TrainingSet:
         chosen = chosen or [range(len(examples)) for examples in sets]
         self.places = [(number, int(row)) for number, rows in enumerate(chosen) for row in rows]
         self.batch_size, self.seed = batch_size, seed
-        self._lengths = [
-            len(prompt.token_ids) + len(prompt.answer_ids)
-            for prompt in (self.sets[number].prompt(row, True) for number, row in self.places)
-        ]
+        prompts = [self.sets[number].prompt(row, True) for number, row in self.places]
+        self._lengths = [len(each.token_ids) + len(each.answer_ids) for each in prompts]
+        self._answers = [len(each.answer_ids) for each in prompts]
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step: a pure function of data, seed and step."""
+        """The batch of a step, or a process's part of it: a function of data, seed and step."""
         per_epoch = max(1, -(-len(self.places) // self.batch_size))
         epoch, within = divmod(step, per_epoch)
-        return self._collate(self._epoch(epoch)[within])
+        indices, team = self._epoch(epoch)[within], current()
+        return self._collate(indices) if team.size == 1 else self._part(indices, team)
+
+    def _part(self, indices: Sequence[int], team: Team) -> Batch:
+        """A process's rows; its loss counts by its answers' tokens, which make up the batch's mean.
+
+        Where a batch has fewer rows than the team processes, some go along with a row of no weight.
+        """
+        own = team.own(indices)
+        tokens = sum(self._answers[index] for index in own)
+        weight = team.size * tokens / sum(self._answers[index] for index in indices)
+        return replace(self._collate(own or indices[:1]), weight=weight)
 
     def _make_epoch(self, epoch: int) -> list[list[int]]:
         """A permutation cut into batches of similar length, which wastes little padding."""

@@ -25,6 +25,7 @@ class Batch:
         modality_ids: int64 (batch, length), 0 on text.
         media: modality -> features (media of that modality in reading order, tokens, width).
         labels: int64 (batch, longest answer), aligned with the last positions; -100 is ignored.
+        weight: of its loss, where it is one process's part of a batch (see `graftline.team`).
     """
 
     token_ids: Tensor
@@ -32,6 +33,7 @@ class Batch:
     modality_ids: Tensor
     media: Mapping[str, Tensor]
     labels: Tensor
+    weight: float = 1.0
 
     def to(self, device: torch.device | str) -> Batch:
         """Moves every tensor to `device`."""
@@ -41,6 +43,7 @@ class Batch:
             self.modality_ids.to(device),
             {name: value.to(device) for name, value in self.media.items()},
             self.labels.to(device),
+            self.weight,
         )
 
     @property

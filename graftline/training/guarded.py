@@ -70,7 +70,7 @@ class GuardCall:
     earlier: Sequence[Path] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemoryBatch(Batch):
     """A batch of new rows, and one of replayed rows beside it."""
 

@@ -10,13 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from graftline.durable import file_sha256, publish_folder, temporary_sibling
 from graftline.errors import GraftlineError
 from graftline.model.multimodal import Batch, MultimodalModel
 from graftline.progress import track
 from graftline.recipe import PhaseSettings
+from graftline.team import Team, current
 from graftline.training.optimizer import MasterAdamW, ParameterGroup
+from graftline.training.sharding import ShardedAdamW
+
+_CHECKPOINT = "checkpoint-"
 
 
 class NotFinite(GraftlineError):
@@ -67,25 +72,49 @@ def train(
         for parameter in group.parameters:
             parameter.requires_grad_(True)
     model.train()
-    optimizer = MasterAdamW(groups, settings.weight_decay, settings.clip_norm)
-    start, history = _resume(work, optimizer)
+    team = current()
+    forward, optimizer = _prepared(model, groups, settings, team)
+    work = team.checkpoints(work)
+    start, history = _resume(work, optimizer, team)
     with track(label, settings.steps, start) as advance:
         for step in range(start, settings.steps):
             batch = batch_of(step).to(model.device)
-            loss = model(batch)
-            loss.backward()
+            loss = forward(batch) * batch.weight
+            loss.backward()  # type: ignore[no-untyped-call]
             norm = optimizer.step(rate_factor(step, settings))
-            value = loss.item()
+            summed, tokens = team.sums(loss.item(), batch.tokens)
+            value = summed / team.size
             if not (math.isfinite(value) and math.isfinite(norm)):
                 raise NotFinite(_not_finite(label, step, value, norm, work))
             history.losses.append(value)
             history.norms.append(norm)
-            history.tokens += batch.tokens
+            history.tokens += int(tokens)
             advance(f"loss {value:.3f}")
             if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
-                _save(work, step + 1, optimizer, history)
+                _save(work, step + 1, optimizer, history, team)
+    if isinstance(optimizer, ShardedAdamW):
+        optimizer.gather()
     model.eval()
     return history
+
+
+def _prepared(
+    model: MultimodalModel, groups: Sequence[ParameterGroup], settings: PhaseSettings, team: Team
+) -> tuple[Callable[[Batch], Tensor], MasterAdamW | ShardedAdamW]:
+    """What gives a batch's loss, and what makes a step of its gradients."""
+    decay, norm = settings.weight_decay, settings.clip_norm
+    if team.size == 1:
+        return model, MasterAdamW(groups, decay, norm)
+
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    # A process's part of a batch may hold no medium of a modality; its connector learns nothing.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=model.device.type == "cpu", kwargs_handlers=[unused])
+    if team.shard:
+        return model, ShardedAdamW(model, groups, decay, norm, accelerator.device)
+    forward = accelerator.prepare_model(model)  # moves parameters, so the optimiser comes after it
+    return forward, MasterAdamW(groups, decay, norm)
 
 
 def rate_factor(step: int, settings: PhaseSettings) -> float:
@@ -106,9 +135,22 @@ def _not_finite(label: str, step: int, loss: float, norm: float, work: Path) -> 
     )
 
 
-def _save(work: Path, step: int, optimizer: MasterAdamW, history: History) -> None:
-    """Publishes `checkpoint-<step>` whole or not at all, then drops the one before."""
-    target = work / f"checkpoint-{step:08d}"
+def _save(
+    work: Path, step: int, optimizer: MasterAdamW | ShardedAdamW, history: History, team: Team
+) -> None:
+    """Publishes `checkpoint-<step>` whole or not at all; when all have, drops the one before."""
+    if team.first or team.shard:
+        _publish(work, step, optimizer, history)
+    team.wait()
+    if team.first or team.shard:
+        for older in _checkpoints(work)[:-1]:
+            shutil.rmtree(older)
+
+
+def _publish(
+    work: Path, step: int, optimizer: MasterAdamW | ShardedAdamW, history: History
+) -> None:
+    target = _checkpoint(work, step)
     temporary = temporary_sibling(target)
     temporary.mkdir(parents=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in optimizer.state().items()}
@@ -122,15 +164,15 @@ def _save(work: Path, step: int, optimizer: MasterAdamW, history: History) -> No
     }
     (temporary / "record.json").write_text(json.dumps(record), encoding="utf-8")
     publish_folder(temporary, target)
-    for older in _checkpoints(work)[:-1]:
-        shutil.rmtree(older)
 
 
-def _resume(work: Path, optimizer: MasterAdamW) -> tuple[int, History]:
-    checkpoints = _checkpoints(work)
-    if not checkpoints:
+def _resume(work: Path, optimizer: MasterAdamW | ShardedAdamW, team: Team) -> tuple[int, History]:
+    """Goes on from the newest checkpoint that the whole team has."""
+    steps = [int(each.name.removeprefix(_CHECKPOINT)) for each in _checkpoints(work)]
+    agreed = team.least(max(steps, default=0))
+    if agreed == 0:
         return 0, History()
-    last = checkpoints[-1]
+    last = _checkpoint(work, agreed)
     try:
         record = json.loads((last / "record.json").read_text(encoding="utf-8"))
         if file_sha256(last / "optimizer.safetensors") != record["sha256"]:
@@ -145,4 +187,8 @@ def _resume(work: Path, optimizer: MasterAdamW) -> tuple[int, History]:
 
 
 def _checkpoints(work: Path) -> list[Path]:
-    return sorted(work.glob("checkpoint-[0-9]*"))
+    return sorted(work.glob(f"{_CHECKPOINT}[0-9]*"))
+
+
+def _checkpoint(work: Path, step: int) -> Path:
+    return work / f"{_CHECKPOINT}{step:08d}"

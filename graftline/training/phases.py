@@ -28,7 +28,8 @@ from graftline.model.loading import (
     save_connector,
 )
 from graftline.recipe import LoraSettings, PhaseSettings
-from graftline.training.loop import History, train
+from graftline.team import current
+from graftline.training.loop import train
 from graftline.training.lora import fold_lora, wrap_lora
 from graftline.training.optimizer import ParameterGroup
 
@@ -80,10 +81,9 @@ def align(call: Call, settings: PhaseSettings, modality: str, shape: dict[str, i
     words = _answer_words(table, examples[0], connector.tokens)
     connector.fit(features, words, table.mean(0), RIDGE)
     rows = TrainingSet(examples, settings.batch_size, call.seed)
-    run_phase(
-        call, loaded, settings, rows, [connector_group(loaded, modality, settings.learning_rate)]
-    )
-    save_connector(call.out, record, connector)
+    group = connector_group(loaded, modality, settings.learning_rate)
+    if run_phase(call, loaded, settings, rows, [group]):
+        save_connector(call.out, record, connector)
 
 
 def realign(
@@ -114,8 +114,8 @@ def realign(
     group = connector_group(loaded, modality, settings.learning_rate)
     if part == "output":
         group = replace(group, parameters=module.output_parameters())
-    run_phase(call, loaded, settings, rows, [group])
-    save_connector(call.out, record, module)
+    if run_phase(call, loaded, settings, rows, [group]):
+        save_connector(call.out, record, module)
 
 
 def fine_tune(
@@ -158,7 +158,8 @@ def fine_tune(
         if mode == "lora":
             wrap_lora(loaded.model, lora, call.seed)
         groups.append(backbone_group(loaded, settings.learning_rate, mode, train_embeddings))
-    run_phase(call, loaded, settings, rows, groups)
+    if not run_phase(call, loaded, settings, rows, groups):
+        return
     if mode == "lora":
         fold_lora(loaded.model)
     for record, connector in pairs:
@@ -210,14 +211,20 @@ def run_phase(
     settings: PhaseSettings,
     rows: TrainingSet,
     groups: Sequence[ParameterGroup],
-) -> History:
-    """Trains, and writes what happened at each step and how long it took into `call.out`."""
+) -> bool:
+    """Trains, and writes what happened at each step and how long it took into `call.out`.
+
+    Returns:
+        Whether this process has a result to write: of a team that trained together one has.
+    """
     started = time.monotonic()
     history = train(loaded.model, groups, rows.batch, settings, call.work, call.label)
+    if not current().first:
+        return False
     (call.out / "history.json").write_text(json.dumps(asdict(history)), encoding="utf-8")
     timing = {"seconds": round(time.monotonic() - started, 3)}
     (call.out / "timing.json").write_text(json.dumps(timing), encoding="utf-8")
-    return history
+    return True
 
 
 def connector_group(loaded: LoadedModel, modality: str, rate: float) -> ParameterGroup:

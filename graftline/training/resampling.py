@@ -41,7 +41,6 @@ def align_resampler(
     connector.reset(features, call.seed)
     loaded = assemble(call.backbone, [(record, connector)], call.system_prompt)
     rows = TrainingSet(examples_of(call, loaded, [modality]), settings.batch_size, call.seed)
-    run_phase(
-        call, loaded, settings, rows, [connector_group(loaded, modality, settings.learning_rate)]
-    )
-    save_connector(call.out, record, connector)
+    group = connector_group(loaded, modality, settings.learning_rate)
+    if run_phase(call, loaded, settings, rows, [group]):
+        save_connector(call.out, record, connector)

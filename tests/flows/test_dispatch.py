@@ -8,6 +8,7 @@ from flows.dispatch import HERE, sent_out, step_job
 from flows.slots import Job
 from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan, plan_run
+from graftline.work import Machine
 from tasks.references import DataVersion, Place
 from tasks.steps import by_stage
 
@@ -16,7 +17,7 @@ FILES = {
     name: dict.fromkeys(("train", "validation", "test"), "0" * 32)
     for name in ("image", "audio", "video", "point_cloud")
 }
-PLACE = Place("s3://lab/artifacts", "data", "cpu")
+PLACE = Place("s3://lab/artifacts", Machine(Path("data"), "cpu"))
 DATA = DataVersion("data", "0" * 32, FILES, "data.dvc")
 
 

@@ -1,0 +1,157 @@
+"""One step trained by two processes: it learns what one learns, and fails as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from graftline.errors import GraftlineError
+from graftline.execution import execute
+from graftline.plan import Reference, Step
+from graftline.run_plan import RunPlan
+from graftline.store import Store
+from graftline.together import TOGETHER, check_processes
+from graftline.work import Machine
+from tests.graftline.made_up import filled_store, planned
+
+SETTINGS = {
+    "order": ["image", "audio"], "evaluation.references": False, "precision": "float32",
+    "align.steps": 3, "fine_tune.steps": 4, "realign.steps": 3, "realign.batch_size": 5,
+}  # fmt: skip
+IN_BFLOAT16 = {"fine_tune.mode": "lora", "precision": "bfloat16"}
+CASES = {
+    "fine-tuning": ("fine-tune", False, {}),
+    "fine-tuning-in-shares": ("fine-tune", True, {"fine_tune.train_embeddings": True}),
+    "adapters-in-shares": ("fine-tune", True, IN_BFLOAT16),
+    "realigning-in-shares": ("realign", True, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_learn_what_one_learns(
+    case: str, tmp_path: Path, tiny_folder: Path, features_folder: Path
+) -> None:
+    kind, shard, changes = CASES[case]
+    run = planned("mera", **{**SETTINGS, **changes})
+    step = next(each for each in run.steps.values() if each.kind == kind)
+    inputs, machine = (tiny_folder, features_folder), Machine(tmp_path, "cpu")
+    alone, both = (
+        execute(step, _prepared(run, step, tmp_path / str(processes), inputs), machine).folder
+        for processes, machine in enumerate(
+            (machine, replace(machine, processes=2, shard=shard)), start=1
+        )
+    )
+    history, expected = (json.loads((each / "history.json").read_text()) for each in (both, alone))
+    close = 3e-2 if "bfloat16" in changes.values() else 1e-4
+    assert history["losses"] == pytest.approx(expected["losses"], rel=close)
+    assert history["norms"] == pytest.approx(expected["norms"], rel=10 * close)
+    assert history["tokens"] == expected["tokens"], "every row is seen once"
+    for file in sorted(alone.rglob("*.safetensors")):
+        wanted, found = load_file(file), load_file(both / file.relative_to(alone))
+        assert {n: v.dtype for n, v in found.items()} == {n: v.dtype for n, v in wanted.items()}
+        apart, size = _norm([found[n].double() - wanted[n] for n in wanted]), _norm(wanted.values())
+        assert float(apart / size) < close, file.name
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([tensor.double().norm() for tensor in tensors]).norm()
+
+
+def _losses(folder: Path) -> list[float]:
+    return json.loads((folder / "history.json").read_text())["losses"]
+
+
+def _fine_tuning(run: RunPlan) -> Step:
+    return next(step for step in run.steps.values() if step.kind == "fine-tune")
+
+
+def _prepared(run: RunPlan, step: Step, root: Path, inputs: tuple[Path, Path]) -> Store:
+    """A store that holds all that a step needs, computed by one process."""
+    store = filled_store(root, run, *inputs)
+
+    def need(reference: Reference) -> None:
+        for parent in run.steps[reference].parents.values():
+            need(parent)
+        execute(run.steps[reference], store, Machine(root, "cpu"))
+
+    for parent in step.parents.values():
+        need(parent)
+    return store
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "in-shares"])
+def test_a_killed_process_ends_the_step_which_goes_on_from_its_checkpoint(
+    shard: bool, tmp_path: Path, tiny_folder: Path, features_folder: Path
+) -> None:
+    changes = {"fine_tune.steps": 60, "fine_tune.checkpoint_every": 2}
+    run = planned("finetune", **{**SETTINGS, **changes})
+    step, inputs = _fine_tuning(run), (tiny_folder, features_folder)
+    machine = Machine(tmp_path, "cpu", processes=2, shard=shard)
+    alone = machine if shard else Machine(tmp_path, "cpu")
+    undisturbed = execute(step, _prepared(run, step, tmp_path / "1", inputs), alone)
+    store = _prepared(run, step, tmp_path / "2", inputs)
+    work = store.work_folder(step.kind, step.reference.fingerprint)
+
+    def kill_one() -> None:
+        while not list(work.rglob("checkpoint-*[0-9]/record.json")):
+            time.sleep(0.01)
+        os.kill(max(_members()), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(GraftlineError, match=r"process \d of 2"):
+        execute(step, store, machine)
+    killer.join()
+    assert not _members() and not store.holds(step.kind, step.reference.fingerprint)
+    assert list(work.rglob("checkpoint-*")), "what was learned is kept"
+    again = execute(step, store, machine)
+    close = 0.0 if shard else 1e-3  # the same processes give the same bits
+    assert _losses(again.folder) == pytest.approx(_losses(undisturbed.folder), rel=close, abs=0)
+
+
+def _members() -> list[int]:
+    """Processes of this test's team."""
+    listed = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
+    )
+    lines = [line.split() for line in listed.stdout.splitlines()]
+    return [int(line[0]) for line in lines if "graftline.together" in line]
+
+
+def test_what_stops_one_process_is_said_once_and_names_the_step(
+    tmp_path: Path, tiny_folder: Path, features_folder: Path
+) -> None:
+    run = planned("finetune", **{**SETTINGS, "fine_tune.learning_rate": 1e38})
+    machine = Machine(tmp_path, "cpu", processes=2)
+    store = _prepared(run, _fine_tuning(run), tmp_path / "1", (tiny_folder, features_folder))
+    with pytest.raises(GraftlineError, match=r"process \d of 2: .* has loss .* training stopped"):
+        execute(_fine_tuning(run), store, machine)
+    assert not _members()
+
+
+def test_machines_that_cannot_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_processes(Machine(tmp_path, "cpu", processes=3))
+    check_processes(Machine(tmp_path, "mps"))
+    for device in ("mps", "cuda:1", "cpu:0"):
+        with pytest.raises(GraftlineError, match=r"execution\.device is"):
+            check_processes(Machine(tmp_path, device, processes=2))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(GraftlineError, match=r"has 1 GPU\(s\)"):
+        check_processes(Machine(tmp_path, "cuda", processes=2))
+
+
+def test_only_training_is_shared() -> None:
+    kinds = {step.kind for step in planned("mera", **SETTINGS).steps.values()}
+    assert kinds & TOGETHER == {"align", "fine-tune", "realign"}
