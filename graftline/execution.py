@@ -17,6 +17,7 @@ from graftline.data.features import compute_features
 from graftline.data.kinds import FEATURES
 from graftline.data.parts import SMOLLM2, fetch
 from graftline.data.rows import SPLITS, split_file
+from graftline.data.shares import share_of
 from graftline.data.streaming import SplitRows
 from graftline.encoders import open_encoder
 from graftline.encoders.arrays import compute_array_features
@@ -45,7 +46,8 @@ from graftline.realign_steps import (
 )
 from graftline.recipe import LoraSettings
 from graftline.store import Artifact, Store
-from graftline.together import TOGETHER, train_together
+from graftline.team import current
+from graftline.together import TOGETHER, carry_out_together
 from graftline.training import phases
 from graftline.training.resampling import align_resampler
 from graftline.work import Machine, Work, call_of, load, phase_settings
@@ -86,7 +88,7 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
         torch.set_num_threads(machine.threads)
         folder = store.work_folder(step.kind, fingerprint)
         shared = machine.processes > 1 and step.kind in TOGETHER
-        run = train_together if shared else RUNNERS[step.kind]
+        run = carry_out_together if shared else RUNNERS[step.kind]
         run(Work(step, parents, machine, folder, out))
         _record_seconds(out / TIMING, time.monotonic() - started)
 
@@ -138,11 +140,19 @@ def _features(work: Work) -> None:
     batch = OWN_BATCH if "rows" in work.parents else BATCH
     for split in SPLITS:
         rows = SplitRows(folder / f"{split}.parquet", (parameters["rows"] or {}).get(split))
-        with track(f"{modality}: features of {split}", len(rows)) as advance:
+        own = len(share_of(len(rows), batch))
+        with track(f"{modality}: features of {split}", own) as advance:
             compute(
-                rows, kind, encoder, work.out / split, batch=batch, progress=partial(advance, "")
+                rows,
+                kind,
+                encoder,
+                work.out / split,
+                shares=work.folder / split,
+                batch=batch,
+                progress=partial(advance, ""),
             )
-        pq.write_table(pa.Table.from_pylist(rows.texts()), work.out / split / ROWS)
+        if current().first:
+            pq.write_table(pa.Table.from_pylist(rows.texts()), work.out / split / ROWS)
 
 
 def _rows_folder(work: Work, modality: str) -> Path:

@@ -55,6 +55,7 @@ CODE: dict[str, tuple[str, ...]] = {
     "features": (
         "data/rows.py",
         "data/features.py",
+        "data/shares.py",
         "model/encoders.py",
         "model/efficientnet.py",
         "model/whisper.py",

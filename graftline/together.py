@@ -1,4 +1,4 @@
-"""One training step by several processes, a GPU each: starting them, and what each of them does.
+"""One step by several processes, a GPU each: starting them, and what each of them does.
 
 The process that holds the step starts the others on its own machine and waits. They find each other
 by a file, talk on loopback, and end with it, however it ends; the first of them writes the result.
@@ -29,8 +29,8 @@ from graftline.supervised import start_child, stop_child, when_parent_ends
 from graftline.team import Team, joined
 from graftline.work import Machine, Work
 
-TOGETHER = frozenset({"align", "fine-tune", "realign", "realign-masked"})
-"""Kinds of steps that several processes can train."""
+TOGETHER = frozenset({"features", "align", "fine-tune", "realign", "realign-masked"})
+"""Kinds of steps that several processes can carry out, each with its share of the rows."""
 _FINISHED, _FAILED = "finished", "failed"
 
 
@@ -56,8 +56,8 @@ def check_processes(machine: Machine) -> None:
         )
 
 
-def train_together(work: Work) -> None:
-    """Carries a training step out with `machine.processes` processes.
+def carry_out_together(work: Work) -> None:
+    """Carries a step out with `machine.processes` processes.
 
     Raises:
         GraftlineError: what stopped one of them; the others are stopped too. Checkpoints are kept.

@@ -7,34 +7,27 @@ tokens x width) and ``rows.json`` (the encoder's name and digest, and the row id
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from graftline.data.rows import decode
+from graftline.data.shares import (
+    FEATURES_FILE,
+    ROWS_FILE,
+    SHARES,
+    TENSOR,
+    Progress,
+    encode_share,
+    join_shares,
+)
 from graftline.errors import GraftlineError
 from graftline.model.encoders import Encoder
-
-Progress = Callable[[int], None]
-"""Called with what is being done, how much is done and how much there is."""
-
-TENSOR = "features"
-FEATURES_FILE = "features.safetensors"
-ROWS_FILE = "rows.json"
-
-
-def _write_header(stream: BinaryIO, shape: tuple[int, int, int]) -> None:
-    """Write the head of a safetensors file whose one float16 tensor is appended afterwards."""
-    count = shape[0] * shape[1] * shape[2]
-    entry = {"dtype": "F16", "shape": list(shape), "data_offsets": [0, 2 * count]}
-    header = json.dumps({TENSOR: entry}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    stream.write(struct.pack("<Q", len(header)) + header)
+from graftline.team import current
 
 
 def _check_finite(features: torch.Tensor, ids: Sequence[str], path: Path) -> None:
@@ -60,6 +53,7 @@ def compute_features(
     encoder: Encoder,
     out_folder: Path,
     *,
+    shares: Path | None = None,
     batch: int = 64,
     progress: Progress | None = None,
 ) -> None:
@@ -72,6 +66,7 @@ def compute_features(
         modality: how the media are encoded.
         encoder: the frozen encoder.
         out_folder: where to write; made if absent.
+        shares: folder of what is done; whoever is stopped goes on from it.
         batch: rows encoded together.
         progress: called after each batch with the number of its rows.
 
@@ -79,35 +74,32 @@ def compute_features(
         GraftlineError: a medium cannot be decoded or encoded, or its features are not finite; the
             message names file and row.
     """
-    out_folder.mkdir(parents=True, exist_ok=True)
-    path = out_folder / FEATURES_FILE
-    total = len(rows)
-    ids: list[str] = []
-    with path.open("wb") as stream:
-        _write_header(stream, (total, encoder.tokens, encoder.width))
-        for start in range(0, total, batch):
-            part = rows[start : start + batch]
-            names = [str(name) for name in part["id"]]
-            media = [
-                _decode(medium, modality, name)
-                for medium, name in zip(part["media"], names, strict=True)
-            ]
-            try:
-                features = encoder.encode(media).to(torch.float16)
-            except GraftlineError as error:
-                raise GraftlineError(f"rows {names[0]} to {names[-1]}: {error}") from error
-            expected = (len(names), encoder.tokens, encoder.width)
-            if tuple(features.shape) != expected:
-                raise GraftlineError(
-                    f"{encoder.name} gave features {tuple(features.shape)} for {expected}"
-                )
-            _check_finite(features, names, path)
-            stream.write(features.contiguous().numpy().astype("<f2", copy=False).tobytes())
-            ids += names
-            if progress is not None:
-                progress(len(names))
-    description = {"encoder": encoder.name, "sha256": encoder.sha256, "ids": ids}
-    (out_folder / ROWS_FILE).write_text(json.dumps(description), encoding="utf-8")
+
+    def encode(names: Sequence[str], stored: Sequence[Any]) -> torch.Tensor:
+        media = [_decode(each, modality, name) for each, name in zip(stored, names, strict=True)]
+        try:
+            features = encoder.encode(media).to(torch.float16)
+        except GraftlineError as error:
+            raise GraftlineError(f"rows {names[0]} to {names[-1]}: {error}") from error
+        expected = (len(names), encoder.tokens, encoder.width)
+        if tuple(features.shape) != expected:
+            raise GraftlineError(
+                f"{encoder.name} gave features {tuple(features.shape)} for {expected}"
+            )
+        _check_finite(features, names, out_folder / FEATURES_FILE)
+        return features
+
+    folder = shares or out_folder / SHARES
+    encode_share(rows, encode, folder, batch=batch, progress=progress)
+    finish(folder, out_folder, encoder)
+
+
+def finish(shares: Path, out_folder: Path, encoder: Encoder) -> None:
+    """Waits for the team's shares; its first process makes the split's features of them."""
+    current().wait()
+    if current().first:
+        described = {"encoder": encoder.name, "sha256": encoder.sha256}
+        join_shares(shares, out_folder, described)
 
 
 class FeatureTable:

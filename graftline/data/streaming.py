@@ -47,7 +47,7 @@ class SplitRows:
         """The ids and media of rows; the next ones come without reading anything again."""
         start, stop, _ = part.indices(self._length)
         if start != self._next or start == 0:
-            self._batches, self._next = self._rows(), 0
+            self._batches, self._next = self._rows_from(start)
         found: dict[str, list[Any]] = {"id": [], "media": []}
         for row in self._batches:
             if self._next >= start:
@@ -58,9 +58,22 @@ class SplitRows:
                 break
         return found
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows_from(self, start: int) -> tuple[Iterator[dict[str, Any]], int]:
+        """Rows from the start of the row group in which a row lies, and the number of the first."""
+        metadata, first, skipped = self._file.metadata, 0, 0
+        while (
+            first + 1 < metadata.num_row_groups
+            and skipped + metadata.row_group(first).num_rows <= start
+        ):
+            skipped += metadata.row_group(first).num_rows
+            first += 1
+        return self._rows(range(first, metadata.num_row_groups)), skipped
+
+    def _rows(self, groups: range) -> Iterator[dict[str, Any]]:
         try:
-            for batch in self._file.iter_batches(batch_size=_BATCH, columns=["id", "media"]):
+            for batch in self._file.iter_batches(
+                batch_size=_BATCH, row_groups=list(groups), columns=["id", "media"]
+            ):
                 yield from batch.to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise GraftlineError(f"{self._path} is damaged ({error}); make it anew") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from graftline.data.features import FEATURES_FILE, ROWS_FILE, _check_finite, _write_header
+from graftline.data.features import _check_finite, finish
 from graftline.data.kinds import decode_features
+from graftline.data.shares import FEATURES_FILE, SHARES, encode_share
 from graftline.errors import GraftlineError
 from graftline.model.encoders import Encoder
 from graftline.model_settings import FeatureRows
@@ -91,6 +91,7 @@ def compute_array_features(
     encoder: Encoder,
     out_folder: Path,
     *,
+    shares: Path | None = None,
     batch: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -104,31 +105,25 @@ def compute_array_features(
         modality: not used; arrays are arrays.
         encoder: the frozen encoder.
         out_folder: where to write; made if absent.
+        shares: folder of what is done; whoever is stopped goes on from it.
         batch: rows encoded together.
         progress: called after each batch with the number of its rows.
 
     Raises:
         GraftlineError: names file and row.
     """
-    out_folder.mkdir(parents=True, exist_ok=True)
-    path, total = out_folder / FEATURES_FILE, len(rows)
-    ids: list[str] = []
-    with path.open("wb") as stream:
-        for start in range(0, total, batch):
-            part = rows[start : start + batch]
-            names = [str(name) for name in part["id"]]
-            media = zip(names, part["media"], strict=True)
-            arrays = [_named(name, decode_features, medium) for name, medium in media]
-            features = _encoded(encoder, arrays, names).to(torch.float16)
-            if start == 0:  # only now is it known how wide a sensor's rows are
-                _write_header(stream, (total, encoder.tokens, encoder.width))
-            _check_finite(features, names, path)
-            stream.write(features.contiguous().numpy().astype("<f2", copy=False).tobytes())
-            ids += names
-            if progress is not None:
-                progress(len(names))
-    description = {"encoder": encoder.name, "sha256": encoder.sha256, "ids": ids}
-    (out_folder / ROWS_FILE).write_text(json.dumps(description), encoding="utf-8")
+
+    def encode(names: Sequence[str], stored: Sequence[Any]) -> torch.Tensor:
+        media = zip(names, stored, strict=True)
+        arrays = [_named(name, decode_features, medium) for name, medium in media]
+        features = _encoded(encoder, arrays, names).to(torch.float16)
+        _check_finite(features, names, out_folder / FEATURES_FILE)
+        return features
+
+    folder = shares or out_folder / SHARES
+    seen = encoder.expect if isinstance(encoder, ArrayEncoder) else None
+    encode_share(rows, encode, folder, batch=batch, progress=progress, seen=seen)
+    finish(folder, out_folder, encoder)
 
 
 def _encoded(encoder: Encoder, arrays: Sequence[np.ndarray], names: Sequence[str]) -> torch.Tensor:

@@ -12,18 +12,25 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from graftline.data.build import checksums
+from graftline.data.encoding import encode_ply
+from graftline.data.rows import schema
 from graftline.errors import GraftlineError
 from graftline.execution import execute
 from graftline.plan import Reference, Step
-from graftline.run_plan import RunPlan
+from graftline.recipe import load_recipe
+from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
 from graftline.together import TOGETHER, check_processes
 from graftline.work import Machine
-from tests.graftline.made_up import filled_store, planned
+from tests.graftline.made_up import SPLITS, TINY, filled_store, planned
 
 SETTINGS = {
     "order": ["image", "audio"], "evaluation.references": False, "precision": "float32",
@@ -62,6 +69,45 @@ def test_two_processes_learn_what_one_learns(
         assert {n: v.dtype for n, v in found.items()} == {n: v.dtype for n, v in wanted.items()}
         apart, size = _norm([found[n].double() - wanted[n] for n in wanted]), _norm(wanted.values())
         assert float(apart / size) < close, file.name
+
+
+def test_two_processes_encode_what_one_encodes(tmp_path: Path) -> None:
+    files = _point_clouds(tmp_path / "data")
+    recipe = load_recipe(TINY, {"order": ["point_cloud"], "data.rows": None})
+    run = plan_run(recipe, {"point_cloud": files})
+    step = next(each for each in run.steps.values() if each.kind == "features")
+    for processes in (1, 2):
+        machine = Machine(tmp_path / "data", "cpu", processes=processes)
+        execute(step, Store(tmp_path / str(processes)), machine)
+    alone, both = (
+        Store(tmp_path / name).find(step.kind, step.reference.fingerprint) for name in ("1", "2")
+    )
+    assert alone and both
+    for split in SPLITS:
+        for name in ("features.safetensors", "rows.json", "rows.parquet"):
+            file = Path(split) / name
+            assert (alone.folder / file).read_bytes() == (both.folder / file).read_bytes(), file
+    assert {file.name for file in (both.folder / "train").iterdir()} == {
+        "features.safetensors", "rows.json", "rows.parquet"
+    }  # fmt: skip
+
+
+def _point_clouds(folder: Path) -> dict[str, str]:
+    """Splits of one modality, made up; returns the md5 of each file."""
+    generator = np.random.default_rng(0)
+    (folder / "point_cloud").mkdir(parents=True)
+    for split, count in zip(SPLITS, (150, 70, 1), strict=True):
+        rows = [
+            {
+                "id": f"point_cloud-{split}-{row}", "task": "question", "question": "What?",
+                "answers": ["a cloud"], "source": f"{split}-{row}",
+                "media": encode_ply(generator.standard_normal((40, 3)).astype(np.float32)),
+            }
+            for row in range(count)
+        ]  # fmt: skip
+        table = pa.Table.from_pylist(rows, schema())
+        pq.write_table(table, folder / "point_cloud" / f"{split}.parquet", row_group_size=32)
+    return {split: checksums(folder)[f"point_cloud/{split}.parquet"] for split in SPLITS}
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -152,6 +198,6 @@ def test_machines_that_cannot_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
         check_processes(Machine(tmp_path, "cuda", processes=2))
 
 
-def test_only_training_is_shared() -> None:
+def test_what_is_shared() -> None:
     kinds = {step.kind for step in planned("mera", **SETTINGS).steps.values()}
-    assert kinds & TOGETHER == {"align", "fine-tune", "realign"}
+    assert kinds & TOGETHER == {"features", "align", "fine-tune", "realign"}
