@@ -4,7 +4,8 @@ Below `<url>/<kind>/<fingerprint>/` lie `parts/<sha256>`, one for each content, 
 written last and only where there is none. Parts are called after their content, so two writers of
 one fingerprint never disturb each other: whose manifest comes first, wins, and the other takes
 that artifact over. A reader sees an artifact once its manifest is there, copies its parts into
-a folder of this machine, and compares size and sha256 of each before the copy appears there.
+a folder of this machine, and compares size and sha256 of each before the copy appears there. That
+two machines do not compute the same thing at once is what claims are for (`shared_claims`).
 
 The copies are a `Store` of their own. Locks and temporary folders stay with them; checkpoints are
 shared (`graftline.shared_checkpoints`).
@@ -38,6 +39,7 @@ from graftline.manifest import (
     verify_folder,
 )
 from graftline.shared_checkpoints import SharedCheckpoints
+from graftline.shared_claims import SharedClaim
 from graftline.store import Artifact, Store
 
 CACHE_VARIABLE = "GRAFTLINE_STORE_CACHE"
@@ -182,7 +184,22 @@ class SharedStore(Store):
     def _build(
         self, kind: str, fingerprint: str, step: dict[str, Any], build: Callable[[Path], None]
     ) -> Artifact:
-        """Build a copy here, unless a whole one is (its writer died later), and publish that."""
+        """Build a copy here, unless another machine does, and publish it."""
+        claim = SharedClaim(self._objects, f"{self.url}/.claims/{kind}-{fingerprint}")
+        with claim.held(lambda: self.holds(kind, fingerprint)) as ours:
+            if ours:
+                self._build_here(kind, fingerprint, step, build)
+        found = self.find(kind, fingerprint)
+        if found is None:
+            place = self.location(kind, fingerprint)
+            raise CorruptArtifact(place, "vanished while it was published", place)
+        self._make_room()
+        return found
+
+    def _build_here(
+        self, kind: str, fingerprint: str, step: dict[str, Any], build: Callable[[Path], None]
+    ) -> None:
+        """Build a copy, unless a whole one is here (its writer died later), and publish that."""
         try:
             built = self._copies.find(kind, fingerprint)
         except CorruptArtifact:
@@ -198,12 +215,6 @@ class SharedStore(Store):
                 self._copies._build(kind, fingerprint, step, build)
         self._send(kind, fingerprint)
         checkpoints.discard()
-        found = self.find(kind, fingerprint)
-        if found is None:
-            place = self.location(kind, fingerprint)
-            raise CorruptArtifact(place, "vanished while it was published", place)
-        self._make_room()
-        return found
 
     def _send(self, kind: str, fingerprint: str) -> None:
         """Upload the parts of a copy that are not there, then its manifest if there is none."""

@@ -31,6 +31,8 @@ def deadly(name: str, count: list[int]) -> None:
     original = getattr(s3fs.S3FileSystem, name)
 
     def write(*arguments: Any, **named: Any) -> Any:
+        if any("/.claims/" in str(each) for each in arguments):
+            return original(*arguments, **named)  # no part of an artifact
         tick()
         result = original(*arguments, **named)
         tick()

@@ -16,7 +16,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from graftline import shared_checkpoints
+from graftline import durable, shared_checkpoints, shared_claims
 from graftline.errors import GraftlineError
 from graftline.manifest import MANIFEST, CorruptArtifact
 from graftline.shared_store import (
@@ -171,7 +171,10 @@ def test_a_writer_killed_anywhere_leaves_all_or_nothing(
     ]
 
 
-def test_two_machines_publish_the_same_at_once(url: str, elsewhere: Any) -> None:
+def test_two_machines_publish_the_same_at_once(
+    url: str, elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_claims, "_LEASE_SECONDS", 0.0)  # claims save work, guard nothing
     stores = [elsewhere(url, name) for name in ("one", "two")]
     barrier = threading.Barrier(2)
     found: list[Artifact] = []
@@ -192,6 +195,79 @@ def test_two_machines_publish_the_same_at_once(url: str, elsewhere: Any) -> None
     one, two = (artifact.manifest() for artifact in found)
     assert one == two, "the first manifest wins, and the other machine takes it over"
     assert elsewhere(url).find("merge", "f1").manifest() == one
+
+
+def test_a_machine_waits_for_what_another_one_computes(
+    url: str, elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_claims, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(shared_claims, "_RENEWAL_SECONDS", 0.1)
+    monkeypatch.setattr(shared_claims, "_LEASE_SECONDS", 1.0)
+    first, second = elsewhere(url, "one"), elsewhere(url, "two")
+    begun, waited = threading.Event(), threading.Event()
+
+    def make(folder: Path) -> None:
+        begun.set()
+        assert waited.wait(30)
+        build(folder)
+
+    thread = threading.Thread(target=publish, args=(first, "f1", make))
+    thread.start()
+    assert begun.wait(30)
+    found: list[Artifact] = []
+    other = threading.Thread(target=lambda: found.append(publish(second, make=no_build)))
+    other.start()
+    time.sleep(1.5)  # longer than an unrenewed claim lasts
+    assert other.is_alive() and not found
+    waited.set()
+    thread.join(30)
+    other.join(30)
+    assert [artifact.fingerprint for artifact in found] == ["f1"]
+    assert not first._objects.find(f"{url}/.claims"), "no claim stays"
+
+
+@pytest.mark.parametrize("holder", ["of this host", "of another host", "unreadable"])
+def test_a_dead_machines_claim_is_taken_over(
+    url: str, elsewhere: Any, holder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_claims, "_LOOK_SECONDS", 0.05)
+    if holder != "of this host":
+        monkeypatch.setattr(shared_claims, "_LEASE_SECONDS", 0.5)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = durable.host_token() if holder == "of this host" else "00000000"
+    claim = json.dumps({"host": host, "pid": ended.pid, "key": "k", "renewals": 3})
+    store = elsewhere(url, "one")
+    content = b"{" if holder == "unreadable" else claim.encode()
+    store._objects.pipe_file(f"{url}/.claims/merge-f1", content)
+    started = time.monotonic()
+    publish(store)
+    assert store.holds("merge", "f1") and time.monotonic() - started < 30
+    assert not store._objects.find(f"{url}/.claims")
+
+
+def test_a_failed_step_gives_its_claim_back(url: str, elsewhere: Any) -> None:
+    store = elsewhere(url, "one")
+
+    def fails(_: Path) -> None:
+        assert len(store._objects.find(f"{url}/.claims")) == 1
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        publish(store, make=fails)
+    assert not store._objects.find(f"{url}/.claims")
+
+
+def test_a_store_that_takes_no_claims_costs_no_step(
+    url: str, elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Any, mode: str = "") -> None:
+        raise OSError("no claim today")
+
+    monkeypatch.setattr(shared_claims.SharedClaim, "_write", fails)
+    store = elsewhere(url, "first")
+    publish(store)
+    assert store.holds("merge", "f1")
 
 
 def test_copies_above_the_limit_go_unless_they_are_used(

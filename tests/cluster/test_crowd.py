@@ -1,0 +1,60 @@
+"""Eight runs at once on two workers: none lost, none mixed up, what they share computed once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.cluster.conftest import Lab, Machine
+from tests.cluster.seen import (
+    ON_WORKERS,
+    published,
+    runs_in,
+    slots_taken,
+    wait_for_free_slots,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(2400)]
+
+METHODS = ("mera", "finetune", "merge-only", "realign-only")
+SEEDS = (70, 71)
+SHORT = ["--set", "order=[image,audio]", "--set", "evaluation.references=false"]
+
+
+def _recipe(method: str, seed: int) -> list[str]:
+    return ["run", "params/tiny.yaml", "--method", method, "--seed", str(seed), *SHORT]
+
+
+def test_eight_runs_at_once(lab: Lab, alone: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [(method, seed) for seed in SEEDS for method in METHODS]
+    laptop = lab.machine("laptop")
+    before = _twice(lab)
+    with lab.worker("one"), lab.worker("two"):
+        runs = {each: laptop.start(*_recipe(*each), *ON_WORKERS) for each in wanted}
+        for each in wanted:
+            code, text = alone.run(*_recipe(*each))
+            assert code == 0, text
+        for each, process in runs.items():
+            text, _ = process.communicate(timeout=1200)
+            assert process.returncode == 0, f"{each}: {text}"
+        wait_for_free_slots(lab)
+    for method, seed in wanted:
+        path = f"{method}/order-image-audio/seed-{seed}"
+        assert laptop.metrics(path) == alone.metrics(path), path
+    here, there = alone.bits(), published(lab, monkeypatch)
+    assert {name: there.get(name) for name in here} == here
+    assert runs_in(lab, "RUNNING", "PENDING", "SCHEDULED") == [] and slots_taken(lab) == 0
+    twice = Counter(_twice(lab)) - Counter(before)
+    assert sum(twice.values()) <= len(SEEDS), f"computed by both workers: {twice}"
+
+
+def _twice(lab: Lab) -> list[str]:
+    """Artifacts that a worker computed and found published by the other one."""
+    return [
+        line.split("artifacts/")[1].split(":")[0]
+        for name in ("one", "two")
+        if (log := lab.folder / f"{name}.log").exists()
+        for line in log.read_text(errors="replace").splitlines()
+        if "another machine published it first" in line
+    ]
