@@ -294,6 +294,8 @@ def _write_answers(
     answers: Sequence[str],
     accepted: Sequence[Sequence[str]],
 ) -> None:
+    if not current().first:
+        return
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -21,10 +21,10 @@ MODEL_CODE = (
     "model/prompts.py",
     "data/examples.py",
     "data/features.py",
+    "team.py",
 )
 TRAINING_CODE = (
     *MODEL_CODE,
-    "team.py",
     "training/loop.py",
     "training/lora.py",
     "training/optimizer.py",

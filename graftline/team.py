@@ -1,4 +1,4 @@
-"""The processes that train one step together, as each of them sees it.
+"""The processes that carry out one step together, as each of them sees it.
 
 Each takes its rows of every batch. Gradients are averaged, so all make the same update. A process
 that is alone is a team of one: nothing is sent, and nothing costs anything.
@@ -6,12 +6,16 @@ that is alone is a team of one: nothing is sent, and nothing costs anything.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,9 @@ class Team:
         """Whether this process writes what the team made."""
         return self.rank == 0
 
-    def own(self, indices: Sequence[int]) -> list[int]:
-        """This process's rows of a batch: every `size`-th of them."""
-        return list(indices[self.rank :: self.size])
+    def own(self, work: Sequence[_Item]) -> list[_Item]:
+        """This process's part of some work: every `size`-th piece."""
+        return list(work[self.rank :: self.size])
 
     def sums(self, *values: float) -> list[float]:
         """Each number, summed over the team; all get the same."""
@@ -52,6 +56,24 @@ class Team:
         found = torch.tensor(value, device=self._device())
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
         return int(found)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Everybody's value, plain data, by rank."""
+        if self.size == 1:
+            return [value]
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [
+            torch.zeros(1, dtype=torch.long, device=self._device()) for _ in range(self.size)
+        ]
+        torch.distributed.all_gather(lengths, torch.tensor([len(own)], device=self._device()))
+        room = torch.zeros(int(max(lengths)), dtype=torch.uint8, device=self._device())
+        room[: len(own)] = own
+        texts = [torch.empty_like(room) for _ in range(self.size)]
+        torch.distributed.all_gather(texts, room)
+        return [
+            json.loads(bytes(text[: int(length)].tolist()))
+            for text, length in zip(texts, lengths, strict=True)
+        ]
 
     def wait(self) -> None:
         """Returns when all have come here."""

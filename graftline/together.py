@@ -29,7 +29,9 @@ from graftline.supervised import start_child, stop_child, when_parent_ends
 from graftline.team import Team, joined
 from graftline.work import Machine, Work
 
-TOGETHER = frozenset({"features", "align", "fine-tune", "realign", "realign-masked"})
+TOGETHER = frozenset(
+    {"features", "align", "fine-tune", "realign", "realign-masked", "evaluate", "evaluate-joint"}
+)
 """Kinds of steps that several processes can carry out, each with its share of the rows."""
 _FINISHED, _FAILED = "finished", "failed"
 

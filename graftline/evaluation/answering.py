@@ -9,6 +9,7 @@ from graftline.data.examples import ExampleSet, question_batches
 from graftline.model.loading import LoadedModel
 from graftline.model.multimodal import Batch
 from graftline.progress import track
+from graftline.team import current
 
 
 def answer_all(
@@ -26,7 +27,7 @@ def answer_batches(
     max_new_tokens: int,
     label: str,
 ) -> list[str]:
-    """The model's greedy answers to batches of prompts.
+    """The model's greedy answers to batches of prompts; a team shares the batches.
 
     Args:
         loaded: the model.
@@ -34,10 +35,11 @@ def answer_batches(
         max_new_tokens: the longest answer.
         label: what the progress bar says.
     """
-    answers = [""] * sum(len(places) for places, _ in batches)
-    tokenizer = loaded.tokenizer
-    with track(label, len(answers)) as advance:
-        for rows, batch in batches:
+    team, tokenizer = current(), loaded.tokenizer
+    own = team.own(batches)
+    said: list[tuple[int, str]] = []
+    with track(label, sum(len(places) for places, _ in own)) as advance:
+        for rows, batch in own:
             tokens = loaded.model.generate(
                 batch.to(loaded.model.device),
                 max_new_tokens,
@@ -45,9 +47,10 @@ def answer_batches(
                 tokenizer.eos_token_id,
             )
             for row, text in zip(rows, _decode(tokenizer, tokens.tolist()), strict=True):
-                answers[row] = text
+                said.append((row, text))
                 advance("")
-    return answers
+    answers = dict(pair for each in team.gathered(said) for pair in each)
+    return [answers[row] for row in range(len(answers))]
 
 
 def _decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:

@@ -108,8 +108,9 @@ def _prepared(
 
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    # A process's part of a batch may hold no medium of a modality; its connector learns nothing.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # A part of a batch may hold no medium of one of several modalities: its connector is not used.
+    several = len(model.connectors) > 1
+    unused = DistributedDataParallelKwargs(find_unused_parameters=several)
     accelerator = Accelerator(cpu=model.device.type == "cpu", kwargs_handlers=[unused])
     if team.shard:
         return model, ShardedAdamW(model, groups, decay, norm, accelerator.device)

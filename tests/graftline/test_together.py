@@ -71,6 +71,22 @@ def test_two_processes_learn_what_one_learns(
         assert float(apart / size) < close, file.name
 
 
+def test_two_processes_answer_as_one_does(
+    tmp_path: Path, tiny_folder: Path, features_folder: Path
+) -> None:
+    learned = {"fine_tune.steps": 60, "fine_tune.learning_rate": 3e-3}  # enough to say something
+    run = planned("finetune", **{**SETTINGS, **learned, "evaluation.batch_size": 3})
+    step = [each for each in run.steps.values() if each.kind == "evaluate"][-1]
+    inputs = (tiny_folder, features_folder)
+    tables = []
+    for processes in (1, 2):
+        store = _prepared(run, step, tmp_path / str(processes), inputs)
+        folder = execute(step, store, Machine(tmp_path, "cpu", processes=processes)).folder
+        tables.append(pq.read_table(folder / "answers.parquet"))
+    assert tables[0].equals(tables[1]) and len(tables[0]) >= 16
+    assert any(tables[0]["answer"].to_pylist()), "something was said"
+
+
 def test_two_processes_encode_what_one_encodes(tmp_path: Path) -> None:
     files = _point_clouds(tmp_path / "data")
     recipe = load_recipe(TINY, {"order": ["point_cloud"], "data.rows": None})
@@ -200,4 +216,4 @@ def test_machines_that_cannot_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_is_shared() -> None:
     kinds = {step.kind for step in planned("mera", **SETTINGS).steps.values()}
-    assert kinds & TOGETHER == {"features", "align", "fine-tune", "realign"}
+    assert kinds - TOGETHER == {"backbone", "merge", "perplexity"}
