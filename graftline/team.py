@@ -62,17 +62,16 @@ class Team:
         if self.size == 1:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = [
-            torch.zeros(1, dtype=torch.long, device=self._device()) for _ in range(self.size)
-        ]
-        torch.distributed.all_gather(lengths, torch.tensor([len(own)], device=self._device()))
+        length = torch.tensor([len(own)], device=self._device())
+        lengths = [torch.empty_like(length) for _ in range(self.size)]
+        torch.distributed.all_gather(lengths, length)
         room = torch.zeros(int(max(lengths)), dtype=torch.uint8, device=self._device())
         room[: len(own)] = own
         texts = [torch.empty_like(room) for _ in range(self.size)]
         torch.distributed.all_gather(texts, room)
         return [
-            json.loads(bytes(text[: int(length)].tolist()))
-            for text, length in zip(texts, lengths, strict=True)
+            json.loads(bytes(text[: int(count)].tolist()))
+            for text, count in zip(texts, lengths, strict=True)
         ]
 
     def wait(self) -> None:
