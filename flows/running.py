@@ -37,9 +37,15 @@ def run_recipes(path: str, runs: Sequence[Mapping[str, Any]], console: Console) 
     with _serving(console):
         from flows.continual import continual
         from graftline.progress import shown
+        from graftline.work import is_widened
 
         for overrides in runs:
             recipe = load_recipe(path, overrides)
+            if is_widened(recipe):
+                console.print(
+                    "[dim]This CPU does not multiply bfloat16: computing in float32; what is "
+                    "stored stays bfloat16.[/]"
+                )
             name = f"{recipe.name} {recipe.method} seed {recipe.seed}"
             with shown(console):
                 folder = continual.with_options(flow_run_name=name)(path, dict(overrides))

@@ -129,6 +129,13 @@ def open_backbone(
     return model, tokenizer
 
 
+def is_widened(recipe: Recipe) -> bool:
+    """Whether backbones are computed in another dtype here than the recipe stores them in."""
+    stored = DTYPES[recipe.precision]
+    here = recipe.execution.where == "here"
+    return here and computing_dtype(stored, device_named(recipe.execution.device)) != stored
+
+
 def device_named(device: str) -> str:
     """The device itself where a recipe says `auto`."""
     if device != "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -172,8 +173,12 @@ def test_a_writer_killed_anywhere_leaves_all_or_nothing(
 
 
 def test_two_machines_publish_the_same_at_once(
-    url: str, elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+    url: str,
+    elsewhere: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(shared_claims, "_LEASE_SECONDS", 0.0)  # claims save work, guard nothing
     stores = [elsewhere(url, name) for name in ("one", "two")]
     barrier = threading.Barrier(2)
@@ -194,6 +199,7 @@ def test_two_machines_publish_the_same_at_once(
         thread.join()
     one, two = (artifact.manifest() for artifact in found)
     assert one == two, "the first manifest wins, and the other machine takes it over"
+    assert sum("published it first" in text for text in caplog.messages) == 1
     assert elsewhere(url).find("merge", "f1").manifest() == one
 
 
