@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 _GRACE_SECONDS = 3.0
 
@@ -42,17 +44,19 @@ def start_child(
 
 def stop_child(child: subprocess.Popen[str], grace_seconds: float = _GRACE_SECONDS) -> None:
     """Closes the child's input, waits for its end, and kills it when it takes too long."""
-    for stream in (child.stdin, child.stdout):
-        if stream is not None and not stream.closed:
-            try:
-                stream.close()
-            except OSError:
-                pass
+    _close(child.stdin)
     try:
         child.wait(grace_seconds)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
+    _close(child.stdout)  # not before: whoever reads it holds it until the child ends
+
+
+def _close(stream: IO[str] | None) -> None:
+    if stream is not None and not stream.closed:
+        with suppress(OSError):
+            stream.close()
 
 
 def when_parent_ends(stop: Callable[[], None], grace_seconds: float = _GRACE_SECONDS) -> None:

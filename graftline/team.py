@@ -45,7 +45,7 @@ class Team:
         """Each number, summed over the team; all get the same."""
         if self.size == 1:
             return list(values)
-        summed = torch.tensor(values, dtype=torch.float64, device=self._device())
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(summed)
         return [float(value) for value in summed]
 
@@ -53,7 +53,7 @@ class Team:
         """The smallest of the team's numbers."""
         if self.size == 1:
             return value
-        found = torch.tensor(value, device=self._device())
+        found = torch.tensor(value, device=self.device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
         return int(found)
 
@@ -62,10 +62,10 @@ class Team:
         if self.size == 1:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        length = torch.tensor([len(own)], device=self._device())
+        length = torch.tensor([len(own)], device=self.device)
         lengths = [torch.empty_like(length) for _ in range(self.size)]
         torch.distributed.all_gather(lengths, length)
-        room = torch.zeros(int(max(lengths)), dtype=torch.uint8, device=self._device())
+        room = torch.zeros(int(max(lengths)), dtype=torch.uint8, device=self.device)
         room[: len(own)] = own
         texts = [torch.empty_like(room) for _ in range(self.size)]
         torch.distributed.all_gather(texts, room)
@@ -83,9 +83,12 @@ class Team:
         """Where this process keeps its checkpoints: one place for all, unless each has a share."""
         return work / f"share-{self.rank + 1}-of-{self.size}" if self.shard else work
 
-    @staticmethod
-    def _device() -> str:
-        return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    @property
+    def device(self) -> torch.device:
+        """What this process computes on, and sends from."""
+        if torch.distributed.get_backend() == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
 
 
 _current = Team()

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import threading
+import traceback
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from queue import Queue
 from subprocess import Popen
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -66,7 +68,9 @@ def carry_out_together(work: Work) -> None:
     """
     check_processes(work.machine)
     size = work.machine.processes
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    meeting = work.folder / f"meeting-{uuid4().hex}"
+    with ExitStack() as stack:
+        stack.callback(meeting.unlink, missing_ok=True)
         children = []
         for rank in range(size):
             child = start_child(["-m", __name__], _environment(rank, work.machine), quiet=False)
@@ -74,8 +78,9 @@ def carry_out_together(work: Work) -> None:
             children.append(child)
         for rank, child in enumerate(children):
             assert child.stdin is not None
-            child.stdin.write(json.dumps(_request(work, rank, Path(folder))) + "\n")
-            child.stdin.flush()
+            with suppress(BrokenPipeError):  # it has ended; why is heard below
+                child.stdin.write(json.dumps(_request(work, rank, meeting)) + "\n")
+                child.stdin.flush()
         failed = _wait(children)
     if failed:
         raise GraftlineError(f"{work.step.title}: {failed}")
@@ -97,7 +102,7 @@ def _request(work: Work, rank: int, meeting: Path) -> dict[str, Any]:
     machine = replace(work.machine, data_folder=str(work.machine.data_folder.absolute()))  # type: ignore[arg-type]
     return {
         "rank": rank,
-        "meeting": str(meeting / "meeting"),
+        "meeting": str(meeting.absolute()),
         "step": asdict(work.step),
         "parents": {
             role: [each.kind, each.fingerprint, str(each.folder.absolute())]
@@ -135,8 +140,9 @@ def _heard(child: Popen[str]) -> str:
     with replayed() as show:
         for line in child.stdout:
             said = json.loads(line)
-            if _FINISHED not in said and _FAILED not in said:
-                show(said)
+            if _FINISHED in said or _FAILED in said:
+                break  # it may not end by itself, where others wait for it
+            show(said)
     if _FINISHED in said:
         return ""
     return str(said.get(_FAILED) or f"it ended with exit code {child.wait()}")
@@ -159,6 +165,7 @@ def _take_part(request: Mapping[str, Any], say: Any) -> None:
         init_method=f"file://{request['meeting']}",
         rank=team.rank,
         world_size=team.size,
+        timeout=timedelta(days=7),  # one may write long while others wait; a dead one is noticed
     )
     step = dict(request["step"])
     step["parents"] = {role: Reference(**each) for role, each in step["parents"].items()}
@@ -195,7 +202,7 @@ def main() -> None:
         say({_FAILED: str(error)})
     except BaseException as error:
         say({_FAILED: f"{type(error).__name__}: {error}"})
-        raise
+        traceback.print_exc()
     else:
         say({_FINISHED: True})
     output.close()

@@ -81,7 +81,8 @@ def bytes_needed(plan: RunPlan, store: Store) -> int:
     checkpoints = training if any(s.kind.endswith("fine-tune") for s in heavy) else 0
     written = len(heavy) + sum(step.kind == "fisher" for step in heavy)  # that is in float32
     features = [s for s in todo if s.kind == "features"]
-    cached = sum(feature_bytes(s, plan.recipe, ENCODER_SHAPES) or 0 for s in features)
+    encoded = [feature_bytes(s, plan.recipe, ENCODER_SHAPES) or 0 for s in features]
+    cached = sum(encoded) + max(encoded, default=0)  # shares stay until they are published
     return written * size + checkpoints + cached + (len(todo) - len(heavy)) * _SMALL_STEP_BYTES
 
 

@@ -89,16 +89,21 @@ def _no_bars() -> None:
 
 
 def save_backbone(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes a causal LM, rounded to the dtype that its config names, and its tokenizer.
+    """Writes a causal LM, in the dtype that its config names, and its tokenizer.
 
     Args:
-        model: a `transformers` causal LM; its weights take that dtype in place.
+        model: a `transformers` causal LM. If it was widened, its weights are rounded in place, but
+            for those that its architecture keeps in float32.
         tokenizer: its own.
         folder: where to; made if it is not there.
     """
     _no_bars()
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(model.config.dtype)
+    if model.dtype != model.config.dtype:
+        kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+        for name, parameter in model.named_parameters():
+            if not any(each in name for each in kept):
+                parameter.data = parameter.data.to(model.config.dtype)
     model.config._name_or_path = ""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

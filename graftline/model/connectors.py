@@ -97,7 +97,10 @@ class MixerConnector(nn.Module):
             centre: (embedding width,): what all tokens have in common.
             ridge: penalty as a share of the features' mean square.
         """
-        standard, wanted = self._standard(features).double(), targets.double()
+        standard, wanted = (
+            self._standard(features.to(self.mean.device)).double().cpu(),
+            targets.double(),
+        )
         gram = standard.T @ standard
         gram += torch.eye(len(gram), dtype=gram.dtype) * ridge * gram.diagonal().mean()
         solution = torch.linalg.solve(gram, standard.T @ wanted.flatten(1))

@@ -82,7 +82,7 @@ def train(
             loss = forward(batch) * batch.weight
             loss.backward()  # type: ignore[no-untyped-call]
             norm = optimizer.step(rate_factor(step, settings))
-            summed, tokens = team.sums(loss.item(), batch.tokens)
+            summed, tokens = team.sums(loss.item(), batch.tokens if batch.weight else 0)
             value = summed / team.size
             if not (math.isfinite(value) and math.isfinite(norm)):
                 raise NotFinite(_not_finite(label, step, value, norm, work))
@@ -105,6 +105,8 @@ def _prepared(
     decay, norm = settings.weight_decay, settings.clip_norm
     if team.size == 1:
         return model, MasterAdamW(groups, decay, norm)
+    if team.shard:
+        return model, ShardedAdamW(model, groups, decay, norm, team.device)
 
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -112,8 +114,6 @@ def _prepared(
     several = len(model.connectors) > 1
     unused = DistributedDataParallelKwargs(find_unused_parameters=several)
     accelerator = Accelerator(cpu=model.device.type == "cpu", kwargs_handlers=[unused])
-    if team.shard:
-        return model, ShardedAdamW(model, groups, decay, norm, accelerator.device)
     forward = accelerator.prepare_model(model)  # moves parameters, so the optimiser comes after it
     return forward, MasterAdamW(groups, decay, norm)
 
@@ -171,6 +171,8 @@ def _resume(work: Path, optimizer: MasterAdamW | ShardedAdamW, team: Team) -> tu
     """Goes on from the newest checkpoint that the whole team has."""
     steps = [int(each.name.removeprefix(_CHECKPOINT)) for each in _checkpoints(work)]
     agreed = team.least(max(steps, default=0))
+    for ahead in (step for step in steps if step > agreed):
+        shutil.rmtree(_checkpoint(work, ahead))  # not all of the team had come so far
     if agreed == 0:
         return 0, History()
     last = _checkpoint(work, agreed)

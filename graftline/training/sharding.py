@@ -93,7 +93,7 @@ class ShardedAdamW:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that this process needs to go on, as named tensors."""
-        return {name: tensor.clone() for name, tensor in self._states()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._states()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores what `state` gave."""
@@ -135,18 +135,27 @@ def _split(model: MultimodalModel, device: torch.device) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     computing = model.backbone.dtype
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     model.connectors.to(device)
     mesh = init_device_mesh(device.type, (current().size,))
-    policy = MixedPrecisionPolicy(param_dtype=computing, reduce_dtype=torch.float32)
+    # Inputs stay what they are: media reach the connectors in float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=computing, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     kinds = set(getattr(model.backbone, "_no_split_modules", None) or ())
     for module in list(model.backbone.modules()):
         if type(module).__name__ in kinds:
+            _widen(module)
             fully_shard(module, mesh=mesh, mp_policy=policy)
     connectors = set(model.connectors.parameters())
+    _widen(model)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=connectors)
+
+
+def _widen(module: nn.Module) -> None:
+    """Makes what is trained float32, but for what is split already: its own master."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
 
 
 def _norm(parameters: Sequence[nn.Parameter]) -> float:

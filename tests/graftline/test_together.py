@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -24,11 +25,18 @@ from graftline.data.encoding import encode_ply
 from graftline.data.rows import schema
 from graftline.errors import GraftlineError
 from graftline.execution import execute
+from graftline.model.backbone import load_backbone
+from graftline.model.loading import assemble, new_connector
+from graftline.model.multimodal import collate
+from graftline.model.prompts import MediaSlot
 from graftline.plan import Reference, Step
 from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
+from graftline.team import Team, joined
 from graftline.together import TOGETHER, check_processes
+from graftline.training.optimizer import ParameterGroup
+from graftline.training.sharding import ShardedAdamW
 from graftline.work import Machine
 from tests.graftline.made_up import SPLITS, TINY, filled_store, planned
 
@@ -85,6 +93,36 @@ def test_two_processes_answer_as_one_does(
         tables.append(pq.read_table(folder / "answers.parquet"))
     assert tables[0].equals(tables[1]) and len(tables[0]) >= 16
     assert any(tables[0]["answer"].to_pylist()), "something was said"
+
+
+def test_media_reach_a_connector_as_they_are_beside_a_backbone_in_shares(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    backbone, tokenizer = load_backbone(tiny_folder, torch.bfloat16, "eager")
+    shape = {"tokens": 2, "hidden": 4}
+    record, connector = new_connector("image", backbone, torch.randn(6, 3, 8), shape, 0, "base")
+    loaded = assemble((backbone, tokenizer), [(record, connector)], "")
+    seen = []
+    connector.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    prompt = loaded.prompts.encode([MediaSlot("image"), "What?"], "red")
+    batch = collate([prompt], [[torch.randn(3, 8)]], loaded.prompts.pad_id)
+    group = f"file://{tmp_path / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=group, rank=0, world_size=1)
+    try:
+        with joined(Team(0, 1, True)):
+            weights = [p for p in backbone.parameters() if p.dim() > 1]
+            groups = [
+                ParameterGroup("backbone", weights, 1e-3),
+                ParameterGroup("connector", list(connector.parameters()), 1e-3),
+            ]
+            optimizer = ShardedAdamW(loaded.model, groups, 0.0, 1.0, torch.device("cpu"))
+            loss = loaded.model(batch)
+            loss.backward()
+            assert seen == [torch.float32] and optimizer.step(1.0) > 0
+            optimizer.gather()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert {p.dtype for p in loaded.model.backbone.parameters()} == {torch.bfloat16}
 
 
 def test_two_processes_encode_what_one_encodes(tmp_path: Path) -> None:
@@ -177,6 +215,9 @@ def test_a_killed_process_ends_the_step_which_goes_on_from_its_checkpoint(
     killer.join()
     assert not _members() and not store.holds(step.kind, step.reference.fingerprint)
     assert list(work.rglob("checkpoint-*")), "what was learned is kept"
+    if shard:  # one of them was ahead when the other died
+        newest = max((work / "share-1-of-2").glob("checkpoint-*"))
+        shutil.copytree(newest, newest.with_name("checkpoint-00000058"))
     again = execute(step, store, machine)
     close = 0.0 if shard else 1e-3  # the same processes give the same bits
     assert _losses(again.folder) == pytest.approx(_losses(undisturbed.folder), rel=close, abs=0)
