@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,24 @@ _SECONDS = 2.0
 """Between two looks at the work folder."""
 
 _log = logging.getLogger("graftline.store")
+
+
+@contextmanager
+def repeated(action: Callable[[], object], seconds: float, name: str) -> Iterator[None]:
+    """Does something every few seconds, from a thread of its own, while the context lasts."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class SharedCheckpoints:
@@ -47,28 +65,11 @@ class SharedCheckpoints:
         """Fetches the newest checkpoint, then sends those that appear while the context lasts."""
         self._guarded(self._fetch)
         try:
-            with self._watched():
+            with repeated(lambda: self._guarded(self._send), _SECONDS, "checkpoints"):
                 yield
         except BaseException:
             self._guarded(self._send)  # what was saved just before it stopped
             raise
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Sends from a thread of its own while the context lasts."""
-        done = threading.Event()
-
-        def watch() -> None:
-            while not done.wait(_SECONDS):
-                self._guarded(self._send)
-
-        thread = threading.Thread(target=watch, name="checkpoints", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
 
     def discard(self) -> None:
         """Removes them all: the step is published."""

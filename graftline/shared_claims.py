@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from graftline import durable
+from graftline.shared_checkpoints import repeated
 
 _LEASE_SECONDS = 45.0
 """How long a claim is not renewed before it is taken over."""
@@ -56,19 +56,10 @@ class SharedClaim:
         if not self._won(is_done):
             yield False
             return
-        over = threading.Event()
-
-        def renew() -> None:
-            while not over.wait(_RENEWAL_SECONDS):
-                self._guarded(self._write)
-
-        thread = threading.Thread(target=renew, name="claim", daemon=True)
-        thread.start()
         try:
-            yield True
+            with repeated(lambda: self._guarded(self._write), _RENEWAL_SECONDS, "claim"):
+                yield True
         finally:
-            over.set()
-            thread.join()
             self._guarded(self._remove)
 
     def _won(self, is_done: Callable[[], bool]) -> bool:

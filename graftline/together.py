@@ -99,7 +99,6 @@ def _environment(rank: int, machine: Machine) -> dict[str, str]:
 
 
 def _request(work: Work, rank: int, meeting: Path) -> dict[str, Any]:
-    machine = replace(work.machine, data_folder=str(work.machine.data_folder.absolute()))  # type: ignore[arg-type]
     return {
         "rank": rank,
         "meeting": str(meeting.absolute()),
@@ -108,7 +107,10 @@ def _request(work: Work, rank: int, meeting: Path) -> dict[str, Any]:
             role: [each.kind, each.fingerprint, str(each.folder.absolute())]
             for role, each in work.parents.items()
         },
-        "machine": asdict(machine),
+        "machine": {
+            **asdict(work.machine),
+            "data_folder": str(work.machine.data_folder.absolute()),
+        },
         "folder": str(work.folder.absolute()),
         "out": str(work.out.absolute()),
     }

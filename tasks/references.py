@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from graftline.work import Machine
+if TYPE_CHECKING:  # it loads torch, which takes seconds
+    from graftline.work import Machine
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,10 @@ class TrainingSet:
         chosen = chosen or [range(len(examples)) for examples in sets]
         self.places = [(number, int(row)) for number, rows in enumerate(chosen) for row in rows]
         self.batch_size, self.seed = batch_size, seed
-        prompts = [self.sets[number].prompt(row, True) for number, row in self.places]
-        self._lengths = [len(each.token_ids) + len(each.answer_ids) for each in prompts]
-        self._answers = [len(each.answer_ids) for each in prompts]
+        self._lengths = [
+            len(prompt.token_ids) + len(prompt.answer_ids)
+            for prompt in (self.sets[number].prompt(row, True) for number, row in self.places)
+        ]
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def batch(self, step: int) -> Batch:
@@ -94,9 +95,12 @@ class TrainingSet:
         Where a batch has fewer rows than the team processes, some go along with a row of no weight.
         """
         own = team.own(indices)
-        tokens = sum(self._answers[index] for index in own)
-        weight = team.size * tokens / sum(self._answers[index] for index in indices)
+        weight = team.size * self._answer_tokens(own) / self._answer_tokens(indices)
         return replace(self._collate(own or indices[:1]), weight=weight)
+
+    def _answer_tokens(self, indices: Sequence[int]) -> int:
+        places = (self.places[index] for index in indices)
+        return sum(len(self.sets[number].prompt(row, True).answer_ids) for number, row in places)
 
     def _make_epoch(self, epoch: int) -> list[list[int]]:
         """A permutation cut into batches of similar length, which wastes little padding."""

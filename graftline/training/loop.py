@@ -140,10 +140,11 @@ def _save(
     work: Path, step: int, optimizer: MasterAdamW | ShardedAdamW, history: History, team: Team
 ) -> None:
     """Publishes `checkpoint-<step>` whole or not at all; when all have, drops the one before."""
-    if team.first or team.shard:
+    writes = team.first or team.shard
+    if writes:
         _publish(work, step, optimizer, history)
     team.wait()
-    if team.first or team.shard:
+    if writes:
         for older in _checkpoints(work)[:-1]:
             shutil.rmtree(older)
 

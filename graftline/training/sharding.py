@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from graftline.model.multimodal import MultimodalModel
 from graftline.team import current
 from graftline.training.optimizer import ParameterGroup
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class ShardedAdamW:
@@ -68,13 +71,11 @@ class ShardedAdamW:
         Returns:
             L2 norm of all gradients before clipping.
         """
-        from torch.distributed.tensor import DTensor
-
         split, whole = [], []
         for parameter in self._named.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if isinstance(parameter, DTensor):
+            if _is_split(parameter):
                 split.append(parameter)  # FSDP has averaged its gradient
             else:
                 whole.append(parameter)
@@ -103,12 +104,10 @@ class ShardedAdamW:
 
     def gather(self) -> None:
         """Gives the model a whole backbone again: in the first process, on the CPU."""
-        from torch.distributed.tensor import DTensor
-
         targets = dict(self._whole.named_parameters())
         with torch.no_grad():
             for name, parameter in self._model.backbone.named_parameters():
-                full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                full = parameter.full_tensor() if _is_split(parameter) else parameter
                 if current().first:
                     targets[name].copy_(full)
         self._model.backbone = self._whole.eval()
@@ -158,19 +157,21 @@ def _widen(module: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _norm(parameters: Sequence[nn.Parameter]) -> float:
-    """L2 norm of their gradients, over all processes where each holds a share."""
+def _is_split(tensor: Tensor) -> TypeGuard[DTensor]:
     from torch.distributed.tensor import DTensor
 
+    return isinstance(tensor, DTensor)
+
+
+def _norm(parameters: Sequence[Tensor]) -> float:
+    """L2 norm of their gradients, over all processes where each holds a share."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return 0.0
     found = torch.nn.utils.get_total_norm(gradients)
-    return float(found.full_tensor() if isinstance(found, DTensor) else found)
+    return float(found.full_tensor() if _is_split(found) else found)
 
 
 def _share(tensor: Tensor) -> Tensor:
     """What of a tensor lies in this process."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_split(tensor) else tensor
