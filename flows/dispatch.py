@@ -16,10 +16,10 @@ from graftline.run_plan import RunPlan
 from graftline.stores import open_store
 from tasks.dispatch import Chain, on_a_worker
 from tasks.references import DataVersion, Place
-from tasks.steps import FINE_TUNING, TASKS, WEIGHTS, by_stage
+from tasks.steps import FINE_TUNING, TASKS, WEIGHTS, by_stage, publish_rows
 
-HERE = ("backbone", "features")
-"""Kinds that read the data folder or a package: they run where the run was started."""
+HERE = ("backbone",)
+"""Kinds that read a folder of the user's: they run where the run was started."""
 _WAITING = 64  # how many sent jobs a run waits for at once: a thread each, that sleeps
 
 
@@ -100,15 +100,48 @@ def sent_out(
             kind = "here" if job.name in recipes else job.shared
             found.append(Job(job.name, job.task, job.arguments, outside, job.weight, kind))
             continue
+        first = travels[chain[0]]
+        before = _for_features(first, recipes[chain[0]], place, data) if _goes_alone(first) else []
+        found += before
+        outside += tuple(each.name for each in before)
         weight = sum(by_name[name].weight for name in chain)
-        arguments = {
-            "chain": Chain(tuple(travels[name] for name in chain)),
-            "recipe": recipes[chain[0]].model_dump(mode="json"),
-            "data_files": {name: dict(files) for name, files in data.files.items()},
-            "place": place,
-        }
+        sent = Chain(tuple(travels[name] for name in chain))
+        arguments = _arguments(sent, recipes[chain[0]], place, data)
         found.append(Job(chain[0], on_a_worker, arguments, outside, weight))
     return found
+
+
+def _arguments(chain: Chain, recipe: Recipe, place: Place, data: DataVersion) -> Mapping[str, Any]:
+    return {
+        "chain": chain,
+        "recipe": recipe.model_dump(mode="json"),
+        "data_files": {name: dict(files) for name, files in data.files.items()},
+        "place": place,
+    }
+
+
+def _for_features(step: Step, recipe: Recipe, place: Place, data: DataVersion) -> list[Job]:
+    """What comes before a modality's features: its rows reach the store, shares are encoded."""
+    rows = Job(
+        (step.reference, "rows"), publish_rows, {"step": step, "place": place}, (), 1.0, "here"
+    )
+    count = place.machine.feature_shares
+    shares = [
+        Job(
+            (step.reference, number),
+            on_a_worker,
+            _arguments(Chain((step,), number), recipe, place, data),
+            (rows.name,),
+            WEIGHTS["features"] / count,
+        )
+        for number in range(1, count + 1)
+    ]
+    return [rows, *(shares if count > 1 else [])]
+
+
+def _goes_alone(step: Step) -> bool:
+    """Whether nothing travels with a step: its shares go out before it."""
+    return step.kind == "features"
 
 
 def _chains(
@@ -123,7 +156,8 @@ def _chains(
         chain: list[Hashable] = []
         for other in before:
             known = {n for member in chain_of[other] for n in (member, *needs[member])}
-            if followers[other] == 1 and before <= known and recipes[other] is recipes[name]:
+            single = followers[other] == 1 and not _goes_alone(travels[other])
+            if single and before <= known and recipes[other] is recipes[name]:
                 chain = chain_of[other]
         chain.append(name)
         chain_of[name] = chain

@@ -13,7 +13,7 @@ from graftline.recipe import Recipe
 from graftline.run_plan import plan_run
 from graftline.work import Machine
 from tasks.references import Place
-from tasks.steps import TASKS
+from tasks.steps import TASKS, feature_share
 
 
 @flow(name="steps", persist_result=False, validate_parameters=False)
@@ -21,6 +21,7 @@ def steps(
     recipe: Mapping[str, Any],
     data_files: Mapping[str, Mapping[str, str]],
     references: Sequence[str],
+    share: int = 0,
 ) -> None:
     """Carries out some steps of a run, one after another; the store has their inputs.
 
@@ -28,6 +29,7 @@ def steps(
         recipe: the run's whole recipe, as plain data.
         data_files: modality, then split, then md5 of its file: with the recipe they make the plan.
         references: which steps, as `<kind>/<fingerprint>`, parents before children.
+        share: of a step `features`, this share alone, from 1; 0: whole steps.
     """
     chosen = Recipe.model_validate(recipe)
     plan = plan_run(chosen, data_files)
@@ -41,5 +43,8 @@ def steps(
         )
     # Numbers are recorded by the run that waits for these steps.
     place = Place(chosen.store, replace(Machine.of(chosen), slots=1))
+    if share:
+        feature_share(known[references[0]], place, share)
+        return
     for name in references:
         TASKS[known[name].kind](known[name], place)

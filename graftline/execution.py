@@ -5,37 +5,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from graftline.asking.parts import Parts, load_parts
-from graftline.data.build import checksums
-from graftline.data.examples import ROWS, ExampleSet
-from graftline.data.features import compute_features
-from graftline.data.kinds import FEATURES
+from graftline.data.examples import ExampleSet
 from graftline.data.parts import SMOLLM2, fetch
-from graftline.data.rows import SPLITS, split_file
-from graftline.data.shares import share_of
-from graftline.data.streaming import SplitRows
-from graftline.encoders import open_encoder
-from graftline.encoders.arrays import compute_array_features
 from graftline.errors import GraftlineError
 from graftline.evaluation.answering import answer_all, answer_batches
 from graftline.evaluation.joint import JointSet
 from graftline.evaluation.perplexity import text_perplexity
 from graftline.evaluation.scoring import score_rows
+from graftline.feature_steps import features, rows_of
 from graftline.guarded_steps import fisher, guarded_fine_tune
 from graftline.merging.backbones import merge_backbones
 from graftline.merging.streaming import MergeRequest, merge_checkpoints
 from graftline.model.backbone import convert_gguf, make_tiny
-from graftline.model.clips import for_any_length
 from graftline.model.loading import LoadedModel
 from graftline.model.own_backbone import write_own_backbone
 from graftline.model.routing.adapters import write_adapters
 from graftline.model.routing.layers import routable_parameters
-from graftline.plan import Step
+from graftline.plan import Reference, Step
 from graftline.progress import track
 from graftline.realign_steps import (
     correct,
@@ -53,8 +44,6 @@ from graftline.training.resampling import align_resampler
 from graftline.work import Machine, Work, call_of, load, phase_settings
 
 TIMING = "timing.json"
-BATCH, OWN_BATCH = 64, 16
-"""Media that are decoded and encoded together; a user's own may be large."""
 
 
 def is_done(step: Step, store: Store) -> bool:
@@ -75,19 +64,22 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
         return found
     parents: dict[str, Artifact] = {}
     for role, parent in step.parents.items():
-        artifact = store.find(parent.kind, parent.fingerprint)
+        artifact = _found(store, role, parent)
         if artifact is None:
             raise GraftlineError(
                 f"{step.label}: its {role} ({parent.kind} {parent.fingerprint[:12]}) is not in "
                 f"the store; run the whole recipe."
             )
         parents[role] = artifact
+    if step.kind == "features" and (rows := rows_of(step, store, machine)):
+        parents["rows"] = rows
 
     def build(out: Path) -> None:
         started = time.monotonic()
         torch.set_num_threads(machine.threads)
         folder = store.work_folder(step.kind, fingerprint)
         shared = machine.processes > 1 and step.kind in TOGETHER
+        shared &= step.kind != "features" or machine.feature_shares == 1
         run = carry_out_together if shared else RUNNERS[step.kind]
         run(Work(step, parents, machine, folder, out))
         _record_seconds(out / TIMING, time.monotonic() - started)
@@ -100,6 +92,13 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
         code=step.code,
         build=build,
     )
+
+
+def _found(store: Store, role: str, parent: Reference) -> Artifact | None:
+    """A step's input; who needs a connector does not fetch the backbone that learned with it."""
+    if role.startswith("connector."):
+        return store.find_files(parent.kind, parent.fingerprint, "connector-")
+    return store.find(parent.kind, parent.fingerprint)
 
 
 def recorded_seconds(folder: Path) -> float | None:
@@ -127,60 +126,11 @@ def _backbone(work: Work) -> None:
         convert_gguf(fetch(SMOLLM2), out)
 
 
-def _features(work: Work) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    parameters = work.step.parameters
-    modality = parameters["modality"]
-    encoder = for_any_length(open_encoder(parameters["encoder"], work.machine.torch_device))
-    kind = parameters.get("media", modality)
-    compute = compute_array_features if kind == FEATURES else compute_features
-    folder = _rows_folder(work, modality)
-    batch = OWN_BATCH if "rows" in work.parents else BATCH
-    for split in SPLITS:
-        rows = SplitRows(folder / f"{split}.parquet", (parameters["rows"] or {}).get(split))
-        own = len(share_of(len(rows), batch))
-        with track(f"{modality}: features of {split}", own) as advance:
-            compute(
-                rows,
-                kind,
-                encoder,
-                work.out / split,
-                shares=work.folder / split,
-                batch=batch,
-                progress=partial(advance, ""),
-            )
-        if current().first:
-            pq.write_table(pa.Table.from_pylist(rows.texts()), work.out / split / ROWS)
-
-
-def _rows_folder(work: Work, modality: str) -> Path:
-    """Where a modality's splits lie: imported ones in the store, others in the data folder."""
-    if "rows" in work.parents:
-        return work.parents["rows"].folder
-    _check_data(work.machine.data_folder, modality, work.step.parameters["files"])
-    return split_file(work.machine.data_folder, modality, "train").parent
-
-
 def _rows(work: Work) -> None:
     raise GraftlineError(
         f"{work.step.label}: what was imported is not in the store any more; run the recipe again, "
         "which imports it first"
     )
-
-
-def _check_data(folder: Path, modality: str, expected: dict[str, str]) -> None:
-    found = checksums(folder)
-    changed = [
-        f"{modality}/{split}.parquet"
-        for split, md5 in expected.items()
-        if found.get(f"{modality}/{split}.parquet") != md5
-    ]
-    if changed:
-        raise GraftlineError(
-            f"{folder}: {', '.join(changed)} changed while the run was going on; run it again."
-        )
 
 
 def _align(work: Work) -> None:
@@ -341,7 +291,7 @@ RUNNERS: dict[str, Callable[[Work], None]] = {
     "bundle": _bundle,
     "backbone": _backbone,
     "rows": _rows,
-    "features": _features,
+    "features": features,
     "align": _align,
     "fine-tune": _fine_tune,
     "guarded-fine-tune": guarded_fine_tune,

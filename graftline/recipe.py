@@ -188,6 +188,9 @@ class ExecutionSettings(Part):
     shard: bool = Field(
         False, description="each of them holds a share of the weights (FSDP): for large backbones"
     )
+    feature_shares: int = Field(
+        1, ge=1, description="with workers: in how many shares they encode a modality's media"
+    )
 
 
 class Recipe(Part):

@@ -1,9 +1,11 @@
-"""Checkpoints of unfinished steps in an object store, from which another machine goes on.
+"""What is finished of unfinished steps, in an object store, from which another machine goes on.
 
-While a step is computed, each checkpoint that appears in its work folder (`checkpoint-<step>`, a
-folder that appears whole) is copied to `<url>/.checkpoints/<kind>-<fingerprint>/<name>/`: its files
-first, `files.json` with the sha256 of each last, then older ones go. A machine that takes the step
-over fetches the newest one that is whole. They go when the step is published.
+While a step is computed, each training checkpoint that appears whole in its work folder
+(`checkpoint-<step>`, or `share-<i>-of-<N>/checkpoint-<step>` of all N processes that train in
+shares) is copied to `<url>/.checkpoints/<kind>-<fingerprint>/checkpoint-<step>/`: its files first,
+`files.json` with the sha256 of each last, then older ones go. A machine that takes the step over
+fetches the newest one that is whole. Shares of features (`share-<i>-of-<N>`) are kept beside them,
+one by one, until the step has joined them. All go when the step is published.
 """
 
 from __future__ import annotations
@@ -11,16 +13,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from graftline import durable
 
 LISTING = "files.json"
-_PATTERN = "checkpoint-[0-9]*"
+_NEWEST = re.compile(r"checkpoint-\d+")
+_SHARE = re.compile(r"share-\d+-of-(\d+)")
 _SECONDS = 2.0
 """Between two looks at the work folder."""
 
@@ -46,13 +50,13 @@ def repeated(action: Callable[[], object], seconds: float, name: str) -> Iterato
 
 
 class SharedCheckpoints:
-    """The checkpoints of one step.
+    """What is kept of one unfinished step.
 
-    What goes wrong here costs no training: without a checkpoint, a step begins anew.
+    What goes wrong with a checkpoint costs no training: without one, a step begins anew.
 
     Args:
         objects: the `fsspec` file system.
-        place: URL below which the step's checkpoints lie.
+        place: URL below which it lies.
         work: the step's work folder on this machine.
     """
 
@@ -62,7 +66,7 @@ class SharedCheckpoints:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Fetches the newest checkpoint, then sends those that appear while the context lasts."""
+        """Fetches what is kept, then sends checkpoints that appear while the context lasts."""
         self._guarded(self._fetch)
         try:
             with repeated(lambda: self._guarded(self._send), _SECONDS, "checkpoints"):
@@ -72,59 +76,87 @@ class SharedCheckpoints:
             raise
 
     def discard(self) -> None:
-        """Removes them all: the step is published."""
+        """Removes it all: the step is published."""
         self._guarded(self._clear)
 
+    def holds(self, name: str) -> bool:
+        """Whether a share is kept whole."""
+        return bool(self._objects.exists(f"{self._place}/{name}/{LISTING}"))
+
+    def keep(self, name: str, files: Mapping[str, Path]) -> None:
+        """Sends a share: relative name -> file."""
+        hashes = {}
+        for relative, file in files.items():
+            self._objects.put_file(os.fspath(file), f"{self._place}/{name}/{relative}")
+            hashes[relative] = durable.file_sha256(file)
+        listing = json.dumps(hashes).encode()
+        self._objects.pipe_file(f"{self._place}/{name}/{LISTING}", listing)
+
     def _send(self) -> None:
-        newest = max(self._work.glob(_PATTERN), default=None)
-        if newest is None or newest.name == self._sent:
+        newest, folders = _newest(self._work)
+        if not folders or newest == self._sent:
             return
-        files = {}
-        for file in sorted(newest.iterdir()):
-            self._objects.put_file(os.fspath(file), f"{self._place}/{newest.name}/{file.name}")
-            files[file.name] = durable.file_sha256(file)
-        self._objects.pipe_file(
-            f"{self._place}/{newest.name}/{LISTING}", json.dumps(files).encode()
-        )
+        found = [file for folder in folders for file in sorted(folder.iterdir())]
+        self.keep(newest, {file.relative_to(self._work).as_posix(): file for file in found})
         for older in self._there():
-            if older < newest.name:
+            if _NEWEST.fullmatch(older) and older < newest:
                 self._remove(f"{self._place}/{older}")
-        self._sent = newest.name
+        self._sent = newest
 
     def _fetch(self) -> None:
-        here = max((each.name for each in self._work.glob(_PATTERN)), default="")
-        for name in sorted(self._there(), reverse=True):
+        here, _ = _newest(self._work)
+        there = self._there()
+        for name in filter(_SHARE.fullmatch, there):
+            self._fetched(name, replaces=True)
+        for name in sorted(filter(_NEWEST.fullmatch, there), reverse=True):
             if name <= here:
                 break
-            target = self._work / name
-            temporary = durable.temporary_sibling(target)
-            try:
-                if self._copied(name, temporary):
-                    durable.publish_folder(temporary, target)
-                    self._sent = name
-                    _log.info("%s: goes on from another machine's %s", self._place, name)
-                    break
-            finally:
-                durable.remove(temporary)
+            if self._fetched(name):
+                self._sent = name
+                _log.info("%s: goes on from another machine's %s", self._place, name)
+                break
 
-    def _copied(self, name: str, out: Path) -> bool:
-        """Copies a checkpoint; says whether all of its files are what its listing says."""
+    def _fetched(self, name: str, *, replaces: bool = False) -> bool:
+        """Copies what is kept under a name; it appears here only if it is whole.
+
+        Args:
+            name: of a checkpoint, whose folders appear at once, or of a share.
+            replaces: files appear one by one beside others, and replace older ones.
+        """
+        temporary = durable.temporary_sibling(self._work / name)
+        try:
+            files = self._copied(name, temporary)
+            if replaces:
+                for file in files:
+                    (self._work / file).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(temporary / file, self._work / file)
+            else:
+                for folder in {Path(file).parent for file in files}:
+                    durable.remove(self._work / folder)
+                    durable.make_folder((self._work / folder).parent)
+                    durable.publish_folder(temporary / folder, self._work / folder)
+        finally:
+            durable.remove(temporary)
+        return bool(files)
+
+    def _copied(self, name: str, out: Path) -> list[str]:
+        """Copies files; returns their names, or nothing if not all are as the listing says."""
         try:
             files = json.loads(self._objects.cat_file(f"{self._place}/{name}/{LISTING}"))
         except FileNotFoundError:
-            return False  # its writer died before it was whole
-        out.mkdir(parents=True)
+            return []  # its writer died before it was whole
         for file, sha256 in files.items():
-            if Path(file).name != file:
-                return False
+            if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+                return []
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
             self._objects.get_file(f"{self._place}/{name}/{file}", os.fspath(out / file))
             if durable.file_sha256(out / file) != sha256:
                 _log.warning("%s/%s/%s: damaged, and not used", self._place, name, file)
-                return False
-        return True
+                return []
+        return list(files)
 
     def _there(self) -> list[str]:
-        """Names of the step's checkpoints, whole or not."""
+        """Names of what is kept, whole or not."""
         start = self._objects._strip_protocol(self._place).strip("/") + "/"
         found = self._objects.find(self._place)
         return sorted({path.strip("/").removeprefix(start).split("/")[0] for path in found})
@@ -143,3 +175,18 @@ class SharedCheckpoints:
             action()
         except Exception as error:  # `fsspec`'s file systems pass their clients' own errors on
             _log.warning("%s: checkpoints are not shared (%s)", self._place, error)
+
+
+def _newest(work: Path) -> tuple[str, list[Path]]:
+    """The newest checkpoint that all processes of a step have: its name, and each one's folder."""
+    shares = [each for each in work.glob("share-*") if _SHARE.fullmatch(each.name)]
+    sizes = {int(each.name.rpartition("-")[2]) for each in shares}
+    teams = [[each for each in shares if each.name.endswith(f"-of-{size}")] for size in sizes]
+    whole = [team for team, size in zip(teams, sizes, strict=True) if len(team) == size]
+    found: tuple[str, list[Path]] = ("", [])
+    for homes in [[work], *whole]:
+        names = [{each.name for each in home.glob("checkpoint-[0-9]*")} for home in homes]
+        newest = max(set.intersection(*names), default="")
+        if newest > found[0]:
+            found = (newest, [home / newest for home in homes])
+    return found

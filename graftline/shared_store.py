@@ -13,12 +13,10 @@ shared (`graftline.shared_checkpoints`).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import re
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,15 +38,13 @@ from graftline.manifest import (
 )
 from graftline.shared_checkpoints import SharedCheckpoints
 from graftline.shared_claims import SharedClaim
+from graftline.shared_copies import Room
 from graftline.store import Artifact, Store
 
 CACHE_VARIABLE = "GRAFTLINE_STORE_CACHE"
-LIMIT_VARIABLE = "GRAFTLINE_STORE_CACHE_GB"
 _DEFAULT_CACHE = "~/.cache/graftline/stores"
-_DEFAULT_GIGABYTES = 100.0
 # Its writes appear whole or not at all, which a plain folder's do not; others were not tried.
 _PROTOCOLS = ("s3", "s3a")
-_KEPT_SECONDS = 3600.0
 _LARGE = ".safetensors"
 
 _log = logging.getLogger("graftline.store")
@@ -106,7 +102,7 @@ class SharedStore(Store):
         unique = hashlib.sha256(self.url.encode()).hexdigest()[:12]
         cache = Path(os.environ.get(CACHE_VARIABLE) or _DEFAULT_CACHE).expanduser()
         super().__init__(cache.absolute() / f"{protocol}-{name}-{unique}", verify)
-        self._copies = Store(self.root, verify)
+        self._copies, self._room = Store(self.root, verify), Room(self.root)
 
     @cached_property
     def _objects(self) -> Any:
@@ -145,7 +141,7 @@ class SharedStore(Store):
         published = self._published(kind, fingerprint)
         if published is None:
             return None
-        use = self._use(kind, fingerprint)
+        use = self._room.use(kind, fingerprint)
         try:
             if not self._is_here(kind, fingerprint, published):
                 with self.lock(kind, fingerprint):
@@ -158,6 +154,13 @@ class SharedStore(Store):
         weakref.finalize(artifact, os.close, use)
         return artifact
 
+    def find_files(self, kind: str, fingerprint: str, prefix: str) -> Artifact | None:
+        """As `find`, but only files whose names begin so are copied if none are here yet."""
+        if self.folder(kind, fingerprint).exists():
+            return self.find(kind, fingerprint)
+        folder = self._some(kind, fingerprint, prefix, lambda name: name.startswith(prefix))
+        return Artifact(kind, fingerprint, folder) if folder else None
+
     def local(self, kind: str, fingerprint: str) -> Path:
         """The folder of an artifact's copy, which is fetched if it is not here yet."""
         found = self.find(kind, fingerprint)
@@ -166,20 +169,47 @@ class SharedStore(Store):
     def notes(self, kind: str, fingerprint: str) -> Path:
         """A folder with an artifact's small files (everything but tensors), verified."""
         folder = self.folder(kind, fingerprint)
-        notes = self.root / ".notes" / f"{kind}-{fingerprint}"
-        if folder.exists() or notes.exists():
-            return folder if folder.exists() else notes
+        if folder.exists():
+            return folder
+        return self._some(kind, fingerprint, "", lambda name: not name.endswith(_LARGE)) or folder
+
+    def _some(
+        self, kind: str, fingerprint: str, what: str, wanted: Callable[[str], bool]
+    ) -> Path | None:
+        """A folder with some files of an artifact, verified; None if it is not published."""
+        some = self.root / ".notes" / f"{kind}-{fingerprint}{what}"
+        if _is_whole(some, wanted):
+            return some
         published = self._published(kind, fingerprint)
-        if published is not None:
-            small = [name for name in published.files if not name.endswith(_LARGE)]
-            with self.lock(kind, fingerprint):
-                if not notes.exists():
-                    self._copy(self.location(kind, fingerprint), published, small, notes)
-        return notes
+        if published is None:
+            return None
+        names = [name for name in published.files if wanted(name)]
+        with self.lock(kind, fingerprint):
+            if not _is_whole(some, wanted):
+                durable.discard(some)
+                self._copy(self.location(kind, fingerprint), published, names, some)
+        return some
+
+    @contextmanager
+    def share(self, kind: str, fingerprint: str, name: str) -> Iterator[bool]:
+        """As of `Store`; a share that is done is kept beside the step's checkpoints."""
+        kept, work = self._checkpoints(kind, fingerprint), self._work_path(kind, fingerprint)
+
+        def is_done() -> bool:
+            with self._reaching():
+                return kept.holds(name)
+
+        claim = SharedClaim(self._objects, f"{self.url}/.claims/{kind}.{name}-{fingerprint}")
+        with super().share(kind, fingerprint, name), claim.held(is_done) as ours:
+            yield ours
+            if ours:
+                files = sorted(work.glob(f"*/{name}.*"))
+                with self._reaching():
+                    kept.keep(name, {file.relative_to(work).as_posix(): file for file in files})
 
     def sweep(self) -> list[Path]:
         """Remove what dead writers of this machine left, and copies above the limit."""
-        return super().sweep() + self._make_room()
+        return super().sweep() + self._room.make()
 
     def _build(
         self, kind: str, fingerprint: str, step: dict[str, Any], build: Callable[[Path], None]
@@ -193,7 +223,7 @@ class SharedStore(Store):
         if found is None:
             place = self.location(kind, fingerprint)
             raise CorruptArtifact(place, "vanished while it was published", place)
-        self._make_room()
+        self._room.make()
         return found
 
     def _build_here(
@@ -205,16 +235,16 @@ class SharedStore(Store):
         except CorruptArtifact:
             durable.discard(self.folder(kind, fingerprint))
             built = None
-        checkpoints = SharedCheckpoints(
-            self._objects,
-            f"{self.url}/.checkpoints/{kind}-{fingerprint}",
-            self._work_path(kind, fingerprint),
-        )
+        checkpoints = self._checkpoints(kind, fingerprint)
         if built is None:
             with checkpoints.shared():
                 self._copies._build(kind, fingerprint, step, build)
         self._send(kind, fingerprint)
         checkpoints.discard()
+
+    def _checkpoints(self, kind: str, fingerprint: str) -> SharedCheckpoints:
+        place = f"{self.url}/.checkpoints/{kind}-{fingerprint}"
+        return SharedCheckpoints(self._objects, place, self._work_path(kind, fingerprint))
 
     def _send(self, kind: str, fingerprint: str) -> None:
         """Upload the parts of a copy that are not there, then its manifest if there is none."""
@@ -281,7 +311,7 @@ class SharedStore(Store):
         folder = self.folder(kind, fingerprint)
         durable.discard(folder)
         self._copy(self.location(kind, fingerprint), published, list(published.files), folder)
-        self._make_room()
+        self._room.make()
 
     def _copy(self, place: str, published: _Published, names: list[str], target: Path) -> None:
         """Copy files of an artifact; they appear together, after each was compared."""
@@ -303,39 +333,6 @@ class SharedStore(Store):
                 durable.publish_folder(temporary, target)
             finally:
                 durable.remove(temporary)
-
-    def _use(self, kind: str, fingerprint: str) -> int:
-        """Say that a copy is in use, until the descriptor returned is closed."""
-        marks = self.root / ".used"
-        with durable.naming_disk_faults(self.root):
-            durable.make_folder(marks)
-            mark = marks / f"{kind}-{fingerprint}"
-            descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            os.utime(descriptor)
-        return descriptor
-
-    def _make_room(self) -> list[Path]:
-        """Remove the longest unused copies above the limit; return what is gone."""
-        limit = _limit_bytes()
-        gone: list[Path] = []
-        copies = [(mark.stat().st_mtime, mark) for mark in (self.root / ".used").glob("[!.]*-*")]
-        total = sum(_bytes_below(self._copy_of(mark)) for _, mark in copies)
-        for used, mark in sorted(copies):
-            if total <= limit:
-                break
-            folder = self._copy_of(mark)
-            if time.time() - used > _KEPT_SECONDS and folder.exists():
-                with _unused(mark) as free:
-                    if free:
-                        total -= _bytes_below(folder)
-                        durable.discard(folder)
-                        gone.append(folder)
-        return gone
-
-    def _copy_of(self, mark: Path) -> Path:
-        kind, _, fingerprint = mark.name.rpartition("-")
-        return self.folder(kind, fingerprint)
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -362,28 +359,17 @@ class SharedStore(Store):
             ) from error
 
 
-@contextmanager
-def _unused(mark: Path) -> Iterator[bool]:
-    """Say whether nobody uses a copy; nobody starts to while the context lasts."""
-    with mark.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-
-
-def _limit_bytes() -> float:
-    text = os.environ.get(LIMIT_VARIABLE) or str(_DEFAULT_GIGABYTES)
+def _is_whole(folder: Path, wanted: Callable[[str], bool]) -> bool:
+    """Whether some files of an artifact are here as its manifest, which lies with them, says."""
     try:
-        return float(text) * 1e9
-    except ValueError as error:
-        raise GraftlineError(f"{LIMIT_VARIABLE}={text!r}: give a number of gigabytes") from error
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        files = read_manifest(folder)["files"]
+        return all(
+            durable.file_sha256(folder / name) == entry["sha256"]
+            for name, entry in files.items()
+            if wanted(name)
+        )
+    except (OSError, CorruptArtifact):
+        return False
 
 
 def _short(error: BaseException) -> str:

@@ -31,6 +31,7 @@ class Machine:
         slots: how many steps share the machine.
         processes: how many train one step together, a GPU each.
         shard: each of them holds a share of the backbone's weights.
+        feature_shares: in how many shares machines encode media, apart from each other.
     """
 
     data_folder: Path
@@ -38,13 +39,21 @@ class Machine:
     slots: int = 1
     processes: int = 1
     shard: bool = False
+    feature_shares: int = 1
 
     @classmethod
     def of(cls, recipe: Recipe) -> Machine:
         """The machine that a recipe describes."""
         given = recipe.execution
-        folder = Path(recipe.data.folder)
-        return cls(folder, given.device, given.slots, given.processes, given.shard)
+        shares = given.feature_shares if given.where == "workers" else 1
+        return cls(
+            Path(recipe.data.folder),
+            given.device,
+            given.slots,
+            given.processes,
+            given.shard,
+            shares,
+        )
 
     @property
     def threads(self) -> int:

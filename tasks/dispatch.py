@@ -73,15 +73,22 @@ def check_machines(recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class Chain:
-    """Steps that travel together, parents before children."""
+    """Steps that travel together, parents before children.
+
+    Attributes:
+        steps: in order.
+        share: of the only step, which is `features`, this share alone, from 1; 0: the whole step.
+    """
 
     steps: tuple[Step, ...]
+    share: int = 0
 
     @property
     def title(self) -> str:
         """What people read."""
         first, *others = (step.title for step in self.steps)
-        return " + ".join([first, *(title.rpartition(": ")[2] for title in others)])
+        title = " + ".join([first, *(title.rpartition(": ")[2] for title in others)])
+        return f"{title}, share {self.share}" if self.share else title
 
 
 @task(
@@ -105,13 +112,14 @@ def on_a_worker(
         "recipe": recipe,
         "data_files": data_files,
         "references": [f"{step.kind}/{step.reference.fingerprint}" for step in chain.steps],
+        "share": chain.share,
     }
     for _ in range(_ATTEMPTS):
         # A request that nobody answered may have been heard: hence the key.
         send = partial(_send, chain.title, parameters, str(uuid4()))
         state = _final_state(patiently(send, chain.title), chain.title)
         if state.is_completed():
-            for step in chain.steps:
+            for step in () if chain.share else chain.steps:
                 note_done(step, place)
             return
         if not state.is_crashed():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
 from prefect.tasks import exponential_backoff
 
+from graftline import feature_steps
 from graftline.execution import execute, is_done
 from graftline.plan import Reference, Step
 from graftline.run_plan import PlannedScore, RunPlan
@@ -68,6 +69,18 @@ def carry_out(step: Step, place: Place) -> Reference:
         artifact = execute(step, store, place.machine)
         _record(step, place, artifact.folder, reused=reused)
     return step.reference
+
+
+def _carry_out_share(step: Step, place: Place, number: int) -> None:
+    """Encodes one share of a modality's media; nothing is recorded before all are joined."""
+    with _slot(step.kind):
+        feature_steps.encode_share(step, open_store(place.store), place.machine, number)
+    _log.info("%s: share %d of %d done", step.title, number, place.machine.feature_shares)
+
+
+def _publish_rows(step: Step, place: Place) -> None:
+    """Has the rows that a step encodes in the store, for machines without the data folder."""
+    feature_steps.publish_rows(step, open_store(place.store), place.machine)
 
 
 def note_reused(step: Step, place: Place) -> None:
@@ -121,17 +134,17 @@ def _take(limit: str) -> ExitStack:
     return held
 
 
-def _task(kind: str) -> Task[[Step, Place], Reference]:
+def _task(kind: str, work: Callable[..., Any], run_name: str = "{step.title}") -> Task[..., Any]:
     return task(
         name=kind,
-        task_run_name="{step.title}",
+        task_run_name=run_name,
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=2,
         retry_delay_seconds=exponential_backoff(2),
         retry_jitter_factor=0.5,
         retry_condition_fn=_may_retry,
-    )(carry_out)
+    )(work)
 
 
 WEIGHTS: Mapping[str, float] = {
@@ -139,7 +152,11 @@ WEIGHTS: Mapping[str, float] = {
     "features": 2.0, "distil": 4.5, "realign-masked": 3.5,
 }  # fmt: skip
 """About how long a step takes beside an evaluation, on the starter."""
-TASKS: Mapping[str, Task[[Step, Place], Reference]] = {kind: _task(kind) for kind in CODE}
+TASKS: Mapping[str, Task[[Step, Place], Reference]] = {
+    kind: _task(kind, carry_out) for kind in CODE
+}
+publish_rows = _task("publish-rows", _publish_rows, "{step.title}: rows")
+feature_share = _task("features-share", _carry_out_share, "{step.title}, share {number}")
 
 
 def by_stage(plan: RunPlan) -> list[tuple[int, list[Step]]]:

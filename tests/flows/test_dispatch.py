@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from flows.dispatch import HERE, sent_out, step_job
@@ -10,7 +11,7 @@ from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.work import Machine
 from tasks.references import DataVersion, Place
-from tasks.steps import by_stage
+from tasks.steps import by_stage, publish_rows
 
 TINY = Path(__file__).resolve().parents[2] / "params/tiny.yaml"
 FILES = {
@@ -40,6 +41,9 @@ def test_every_step_goes_once_after_what_it_needs():
             assert set(job.needs) <= {other.name for other in sent}
             assert set(job.needs) <= finished, "a job stands behind what it needs"
             finished.add(job.name)
+            if job.task is publish_rows:
+                assert job.kind == "here" and job.arguments["step"].kind == "features"
+                continue
             if "chain" not in job.arguments:
                 seen.add(job.arguments["step"].reference)
                 assert (job.arguments["step"].kind, job.kind) in {(kind, "here") for kind in HERE}
@@ -64,3 +68,17 @@ def test_an_expert_travels_in_one_go_and_realigning_side_by_side():
     assert chains.count(["align", "fine-tune", "evaluate"]) == 3  # the first is stage 1's model
     assert ["align", "fine-tune"] in chains
     assert sum(chain[0] == "realign" for chain in chains) == 2 + 3 + 4
+
+
+def test_features_go_out_in_shares_once_their_rows_are_in_the_store():
+    plan, jobs = _jobs("mera")
+    place = replace(PLACE, machine=replace(PLACE.machine, feature_shares=3))
+    sent = sent_out(jobs, dict.fromkeys((job.name for job in jobs), plan.recipe), place, DATA)
+    by_name = {job.name: job for job in sent}
+    for step in (step for step in plan.steps.values() if step.kind == "features"):
+        whole = by_name[step.reference]
+        shares = [by_name[name] for name in whole.needs if by_name[name].task is not publish_rows]
+        assert [job.arguments["chain"].share for job in shares] == [1, 2, 3]
+        assert {job.needs for job in shares} == {((step.reference, "rows"),)}
+        assert [chain.steps for chain in (whole.arguments["chain"],)] == [(step,)]
+        assert shares[1].arguments["chain"].title == f"{step.title}, share 2"

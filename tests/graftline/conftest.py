@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from graftline.model.backbone import load_backbone, make_tiny
+from graftline.shared_store import CACHE_VARIABLE, SharedStore
+from graftline.stores import open_store
+from tests.object_store import BUCKET, s3_server
 
 WORDS = ("red", "green", "blue", "black")
 
@@ -57,3 +62,32 @@ def features_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         pq.write_table(pa.Table.from_pylist(rows), target / "rows.parquet")
     return folder
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[dict[str, str]]:
+    """The environment that leads to an S3-speaking server."""
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def url(server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty store on that server."""
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "machine"))
+    return f"s3://{BUCKET}/{tmp_path.name}"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Opens the store as another machine does: without this one's copies."""
+
+    def reopen(url: str, name: str = "other") -> SharedStore:
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / name))
+        store = open_store(url)
+        assert isinstance(store, SharedStore)
+        return store
+
+    return reopen

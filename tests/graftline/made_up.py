@@ -5,6 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from graftline.data.build import checksums
+from graftline.data.encoding import encode_ply
+from graftline.data.rows import schema
 from graftline.plan import Step
 from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan, plan_run
@@ -42,3 +49,21 @@ def filled_store(root: Path, run: RunPlan, backbone: Path, features: Path) -> St
                 parents=parents, code=step.code, build=fill(step),
             )  # fmt: skip
     return store
+
+
+def point_clouds(folder: Path) -> dict[str, str]:
+    """Splits of one modality, made up; returns the md5 of each file."""
+    generator = np.random.default_rng(0)
+    (folder / "point_cloud").mkdir(parents=True)
+    for split, count in zip(SPLITS, (150, 70, 1), strict=True):
+        rows = [
+            {
+                "id": f"point_cloud-{split}-{row}", "task": "question", "question": "What?",
+                "answers": ["a cloud"], "source": f"{split}-{row}",
+                "media": encode_ply(generator.standard_normal((40, 3)).astype(np.float32)),
+            }
+            for row in range(count)
+        ]  # fmt: skip
+        table = pa.Table.from_pylist(rows, schema())
+        pq.write_table(table, folder / "point_cloud" / f"{split}.parquet", row_group_size=32)
+    return {split: checksums(folder)[f"point_cloud/{split}.parquet"] for split in SPLITS}

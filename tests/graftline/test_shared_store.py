@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +19,14 @@ from safetensors.numpy import save_file
 from graftline import durable, shared_checkpoints, shared_claims
 from graftline.errors import GraftlineError
 from graftline.manifest import MANIFEST, CorruptArtifact
-from graftline.shared_store import (
-    CACHE_VARIABLE,
-    LIMIT_VARIABLE,
-    SharedStore,
-    StoreUnreachable,
-)
+from graftline.shared_copies import LIMIT_VARIABLE
+from graftline.shared_store import SharedStore, StoreUnreachable
 from graftline.store import Artifact
 from graftline.stores import machine_folder, open_store
-from tests.object_store import BUCKET, KEYS, s3_server
+from tests.object_store import BUCKET, KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP: dict[str, Any] = {"parameters": {"rate": 0.1}, "parents": {}, "code": "c0de"}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
-
-
-@pytest.fixture
-def url(server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in server.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "machine"))
-    return f"s3://{BUCKET}/{tmp_path.name}"
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Opens the store as another machine does: without this one's copies."""
-
-    def reopen(url: str, name: str = "other") -> SharedStore:
-        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / name))
-        store = open_store(url)
-        assert isinstance(store, SharedStore)
-        return store
-
-    return reopen
 
 
 def build(folder: Path) -> None:
@@ -346,11 +314,12 @@ def test_another_machine_goes_on_from_the_last_checkpoint(
 
     with pytest.raises(RuntimeError, match="is gone"):
         publish(store, make=stopped)
-    names = ["files.json", "optimizer.safetensors", "record.json"]
-    assert _left(store) == [f"merge-f1/checkpoint-00000100/{name}" for name in names]
-    place = f"{url}/.checkpoints/merge-f1/checkpoint-00000100"
+    name = "checkpoint-00000100"
+    names = [f"{name}/optimizer.safetensors", f"{name}/record.json", "files.json"]
+    assert _left(store) == [f"merge-f1/{name}/{file}" for file in names]
+    place = f"{url}/.checkpoints/merge-f1/{name}"
     if damage == "flipped":
-        store._objects.pipe_file(f"{place}/optimizer.safetensors", b"b hundred")
+        store._objects.pipe_file(f"{place}/{name}/optimizer.safetensors", b"b hundred")
     elif damage:
         store._objects.rm_file(f"{place}/files.json")
     other = elsewhere(url)
@@ -367,6 +336,59 @@ def test_another_machine_goes_on_from_the_last_checkpoint(
     assert seen == ([] if damage else ["checkpoint-00000100"])
     assert _left(other) == []
     assert other.holds("merge", "f1")
+
+
+def test_another_machine_goes_on_where_all_processes_of_a_step_were(
+    url: str, elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two that train in shares was ahead when their machine was switched off."""
+    monkeypatch.setattr(shared_checkpoints, "_SECONDS", 3600.0)
+    store = elsewhere(url, "first")
+
+    def stopped(_: Path) -> None:
+        for share, steps in (("share-1-of-2", (50, 100)), ("share-2-of-2", (50,))):
+            folder = store.work_folder("merge", "f1") / share
+            folder.mkdir()
+            for step in steps:
+                _checkpoint(folder, step, f"{step} of {share}")
+        raise RuntimeError("the machine is gone")
+
+    with pytest.raises(RuntimeError, match="is gone"):
+        publish(store, make=stopped)
+    other, seen = elsewhere(url), []
+
+    def goes_on(folder: Path) -> None:
+        work = other.work_folder("merge", "f1")
+        seen.extend(file.relative_to(work).as_posix() for file in work.glob("share-*/*"))
+        for share in ("share-1-of-2", "share-2-of-2"):
+            file = work / share / "checkpoint-00000050/optimizer.safetensors"
+            assert file.read_text() == f"50 of {share}"
+        build(folder)
+
+    publish(other, make=goes_on)
+    assert sorted(seen) == [f"share-{share}-of-2/checkpoint-00000050" for share in (1, 2)]
+    assert _left(other) == []
+
+
+def test_who_needs_a_connector_copies_no_backbone(url: str, elsewhere: Any) -> None:
+    def fill(folder: Path) -> None:
+        build(folder)
+        (folder / "connector-image.json").write_text("{}")
+
+    publish(elsewhere(url, "first"), make=fill)
+    store = elsewhere(url)
+    for _ in range(2):  # copied, then found here
+        found = store.find_files("merge", "f1", "connector-")
+        assert found is not None
+        files = sorted(file.name for file in found.folder.rglob("*") if file.is_file())
+        assert files == ["connector-image.json", "manifest.json"]
+    (found.folder / "connector-image.json").write_text("[]")
+    found = store.find_files("merge", "f1", "connector-")
+    assert (found.folder / "connector-image.json").read_text() == "{}", "copied again"
+    assert store.find_files("merge", "f2", "connector-") is None
+    whole = store.find("merge", "f1")
+    assert (whole.folder / "model.safetensors").exists()
+    assert store.find_files("merge", "f1", "connector-").folder == whole.folder
 
 
 def test_a_store_that_takes_no_checkpoints_costs_no_step(

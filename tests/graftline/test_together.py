@@ -13,16 +13,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from graftline.data.build import checksums
-from graftline.data.encoding import encode_ply
-from graftline.data.rows import schema
 from graftline.errors import GraftlineError
 from graftline.execution import execute
 from graftline.model.backbone import load_backbone
@@ -38,7 +33,7 @@ from graftline.together import TOGETHER, check_processes
 from graftline.training.optimizer import ParameterGroup
 from graftline.training.sharding import ShardedAdamW
 from graftline.work import Machine
-from tests.graftline.made_up import SPLITS, TINY, filled_store, planned
+from tests.graftline.made_up import SPLITS, TINY, filled_store, planned, point_clouds
 
 SETTINGS = {
     "order": ["image", "audio"], "evaluation.references": False, "precision": "float32",
@@ -126,7 +121,7 @@ def test_media_reach_a_connector_as_they_are_beside_a_backbone_in_shares(
 
 
 def test_two_processes_encode_what_one_encodes(tmp_path: Path) -> None:
-    files = _point_clouds(tmp_path / "data")
+    files = point_clouds(tmp_path / "data")
     recipe = load_recipe(TINY, {"order": ["point_cloud"], "data.rows": None})
     run = plan_run(recipe, {"point_cloud": files})
     step = next(each for each in run.steps.values() if each.kind == "features")
@@ -144,24 +139,6 @@ def test_two_processes_encode_what_one_encodes(tmp_path: Path) -> None:
     assert {file.name for file in (both.folder / "train").iterdir()} == {
         "features.safetensors", "rows.json", "rows.parquet"
     }  # fmt: skip
-
-
-def _point_clouds(folder: Path) -> dict[str, str]:
-    """Splits of one modality, made up; returns the md5 of each file."""
-    generator = np.random.default_rng(0)
-    (folder / "point_cloud").mkdir(parents=True)
-    for split, count in zip(SPLITS, (150, 70, 1), strict=True):
-        rows = [
-            {
-                "id": f"point_cloud-{split}-{row}", "task": "question", "question": "What?",
-                "answers": ["a cloud"], "source": f"{split}-{row}",
-                "media": encode_ply(generator.standard_normal((40, 3)).astype(np.float32)),
-            }
-            for row in range(count)
-        ]  # fmt: skip
-        table = pa.Table.from_pylist(rows, schema())
-        pq.write_table(table, folder / "point_cloud" / f"{split}.parquet", row_group_size=32)
-    return {split: checksums(folder)[f"point_cloud/{split}.parquet"] for split in SPLITS}
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
