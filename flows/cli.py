@@ -182,9 +182,11 @@ def ui(
 @app.command()
 def merge(
     rule: Annotated[str, typer.Option(help="average, task-arithmetic, ties, mmer, emr ...")],
-    base: Annotated[Path, typer.Option(help="Checkpoint folder that the experts started from.")],
+    base: Annotated[
+        str, typer.Option(help="Checkpoint that the experts started from: folder or s3://...")
+    ],
     expert: Annotated[
-        list[Path], typer.Option(help="Checkpoint or PEFT LoRA folder; give one or more.")
+        list[str], typer.Option(help="Checkpoint or PEFT LoRA: folder or s3://...; one or more.")
     ],
     folder: Annotated[Path, typer.Option("--out", help="Folder to make.")],
     settings: Annotated[
@@ -193,12 +195,12 @@ def merge(
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(metavar="PREFIX[=FOLDER]", help="Tensors to take over unmerged."),
+        typer.Option(metavar="PREFIX[=CHECKPOINT]", help="Tensors to take over unmerged."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random choices (dare-ties).")] = 0,
     shard_gigabytes: Annotated[float, typer.Option(help="Most gigabytes in one file.")] = 5.0,
 ) -> None:
-    """Merge checkpoints on the disk, in little memory; the result appears whole or not at all."""
+    """Merge checkpoints in little memory; the result appears whole or not at all."""
     from flows import merging
 
     report = merging.merge(

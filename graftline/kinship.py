@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from graftline.errors import GraftlineError
-from graftline.weight_files import Entry
+from graftline.merging.checkpoints import DTYPES
+from graftline.weight_files import FLOAT_BYTES, Entry
 
 FARTHEST = 1.0
 """Distance from which on a base is no base: unrelated weights of one size are sqrt(2) apart, and
@@ -44,7 +44,7 @@ def distance(base: Mapping[str, Entry], expert: Mapping[str, Entry]) -> float | 
     step = max(1, len(shared) // _SAMPLED)
     apart, size = 0.0, 0.0
     for name in shared[::step]:
-        ours, theirs = _rows(name, base[name]), _rows(name, expert[name])
+        ours, theirs = _rows(base[name]), _rows(expert[name])
         apart += float((theirs - ours).square().sum())
         size += float(ours.square().sum())
     return math.sqrt(apart / size) if size else None
@@ -72,7 +72,8 @@ def require_kin(
         )
 
 
-def _rows(name: str, entry: Entry) -> torch.Tensor:
-    with safe_open(entry.file, framework="pt") as file:
-        found: torch.Tensor = file.get_slice(name)[:_ROWS]
-    return found.double()
+def _rows(entry: Entry) -> torch.Tensor:
+    rows = min(_ROWS, entry.shape[0])
+    count = rows * entry.shape[1] * FLOAT_BYTES[entry.dtype]
+    values = torch.frombuffer(bytearray(entry.read(0, count)), dtype=DTYPES[entry.dtype])
+    return values.reshape(rows, entry.shape[1]).double()

@@ -36,6 +36,7 @@ from graftline.merging.masks import metadata
 from graftline.merging.reading import BLOCK, ReadAhead, Segment
 from graftline.merging.writing import Stored, Writing, header, split
 from graftline.progress import track
+from graftline.weight_files import Origin
 
 SHARD_BYTES = 5_000_000_000
 _WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
@@ -60,6 +61,7 @@ class MergeRequest:
         seed: of DARE's random choices.
         shard_bytes: most weight bytes in a file of the result.
         names: what the record calls a folder that others may have elsewhere; its path if left out.
+        origins: folder -> file name -> where its content is read, of what is not on this machine.
     """
 
     rule: str
@@ -71,6 +73,7 @@ class MergeRequest:
     seed: int = 0
     shard_bytes: int = SHARD_BYTES
     names: Mapping[Path, str] = field(default_factory=dict)
+    origins: Mapping[Path, Mapping[str, Origin]] = field(default_factory=dict)
 
     def name_of(self, folder: Path) -> str:
         """What the record calls a folder."""

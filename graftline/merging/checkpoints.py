@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from graftline.weight_files import Entry, read_header
+from graftline.weight_files import Entry, Origin, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -48,17 +48,27 @@ class Checkpoint:
         inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
         return bool(self.config.get("tie_word_embeddings", inner))
 
-    def identity(self) -> dict[str, list[int]]:
+    def identity(self) -> dict[str, list[int | str]]:
         """Size and time of change of each weight file, to tell inputs apart without hashing."""
-        files = sorted({entry.file for entry in self.entries.values()})
-        states = {file.name: file.stat() for file in files}
-        return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+        files = {entry.file: entry.origin for entry in self.entries.values()}
+        found: dict[str, list[int | str]] = {}
+        for file, origin in sorted(files.items()):
+            if origin is not None:
+                found[file.name] = [origin.size, origin.identity()]
+            else:
+                state = file.stat()
+                found[file.name] = [state.st_size, state.st_mtime_ns]
+        return found
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, origins: Mapping[str, Origin] | None = None) -> Checkpoint:
     """Reads the headers of a folder's safetensors files, one file or shards with an index.
 
     Nothing is raised: all that is wrong stands in the result's `problems`.
+
+    Args:
+        folder: a checkpoint.
+        origins: file name -> where its content is, of those that are here by name alone.
     """
     if not folder.is_dir():
         return Checkpoint(folder, {}, problems=(f"{folder}: no such folder",))
@@ -68,7 +78,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     whole: set[str] = set()
     for shard in shards:
         try:
-            found = read_header(shard)
+            found = read_header(shard, (origins or {}).get(shard.name))
         except (OSError, ValueError) as error:
             problems.append(f"{shard}: {error}; copy or download it again")
             continue

@@ -12,7 +12,7 @@ RECORD = "merge.json"
 CARD = "README.md"
 FORMAT = 1
 _OURS = frozenset({RECORD, CARD, "manifest.json"})
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def companions_of(folder: Path) -> list[Path]:
@@ -23,7 +23,7 @@ def companions_of(folder: Path) -> list[Path]:
         if path.is_file()
         and not path.name.startswith(".")
         and path.name not in _OURS
-        and not path.name.endswith((*_WEIGHTS, ".index.json"))
+        and not path.name.endswith((*WEIGHTS, ".index.json"))
     ]
 
 

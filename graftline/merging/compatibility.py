@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -226,7 +225,7 @@ def _misfits(
         return [f"{where} has shape {list(theirs.shape)}, the base {list(ours.shape)}{hint}"]
     if ours.floating != theirs.floating or (not ours.floating and ours.dtype != theirs.dtype):
         return [f"{where} is {theirs.dtype}, the base's {ours.dtype}; they cannot be merged"]
-    if not ours.floating and _bytes(ours, 0, ours.size) != _bytes(theirs, 0, theirs.size):
+    if not ours.floating and ours.read(0, ours.size) != theirs.read(0, theirs.size):
         return [f"{where} ({ours.dtype}) differs from the base's; only floats can be merged"]
     if ours.dtype != theirs.dtype:
         warnings.append(f"{expert.folder}: holds {theirs.dtype} where the base has {ours.dtype}")
@@ -274,21 +273,12 @@ def _zero_vectors(
 def _same_sample(first: Entry, second: Entry) -> bool:
     middle = max(0, first.size // 2 - _SAMPLE_BYTES // 2)
     return all(
-        _bytes(first, place, _SAMPLE_BYTES) == _bytes(second, place, _SAMPLE_BYTES)
+        first.read(place, _SAMPLE_BYTES) == second.read(place, _SAMPLE_BYTES)
         for place in (0, middle, max(0, first.size - _SAMPLE_BYTES))
     )
 
 
 def _same_bytes(first: Entry, second: Entry, step: int = 1 << 22) -> bool:
     return all(
-        _bytes(first, place, step) == _bytes(second, place, step)
-        for place in range(0, first.size, step)
+        first.read(place, step) == second.read(place, step) for place in range(0, first.size, step)
     )
-
-
-def _bytes(entry: Entry, place: int, count: int) -> bytes:
-    descriptor = os.open(entry.file, os.O_RDONLY)
-    try:
-        return os.pread(descriptor, min(count, entry.size - place), entry.start + place)
-    finally:
-        os.close(descriptor)

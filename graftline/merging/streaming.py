@@ -74,15 +74,15 @@ def merge_checkpoints(request: MergeRequest) -> MergeReport:
     """
     rule = rule_named(request.rule)
     parameters = parameters_for(rule, request.parameters, len(request.experts))
-    base = open_checkpoint(request.base)
-    experts = [open_checkpoint(folder) for folder in request.experts]
-    keep = {p: None if f is None else open_checkpoint(f) for p, f in request.keep.items()}
+    base, *experts = (_opened(request, folder) for folder in (request.base, *request.experts))
+    keep = {p: None if f is None else _opened(request, f) for p, f in request.keep.items()}
+    inputs = [base, *experts, *(c for c in keep.values() if c)]
     problems = _impossible(request)
     try:
         plan = plan_merge(base, experts, keep)
     except CannotMergeCheckpoints as error:
         raise CannotMergeCheckpoints([*problems, *error.problems]) from None
-    asked = _asked(request, parameters, [base, *experts, *(c for c in keep.values() if c)])
+    asked = _asked(request, parameters, inputs)
     done = read_record(request.out)
     merged = sum(bool(job.experts) for job in plan.jobs)
     report = MergeReport(request.out, merged, len(plan.jobs) - merged, plan.warnings)
@@ -91,8 +91,12 @@ def merge_checkpoints(request: MergeRequest) -> MergeReport:
     problems += _occupied(request.out) + _too_small(request, plan, rule)
     if problems:
         raise CannotMergeCheckpoints(problems)
-    _publish(Building(request, rule, parameters, plan), asked)
+    _publish(Building(request, rule, parameters, plan), asked, inputs)
     return report
+
+
+def _opened(request: MergeRequest, folder: Path) -> Checkpoint:
+    return open_checkpoint(folder, request.origins.get(folder))
 
 
 def _asked(
@@ -153,7 +157,7 @@ def _too_small(request: MergeRequest, plan: Plan, rule: Rule) -> list[str]:
     return [f"{place}: has {free / 1e9:.1f} GB free, the result needs {needed / 1e9:.1f} GB"]
 
 
-def _publish(building: Building, asked: Mapping[str, Any]) -> None:
+def _publish(building: Building, asked: Mapping[str, Any], inputs: Sequence[Checkpoint]) -> None:
     """Builds in a temporary sibling and renames it; removes it if anything goes wrong."""
     out = building.request.out
     with naming_disk_faults(out.parent):
@@ -165,6 +169,16 @@ def _publish(building: Building, asked: Mapping[str, Any]) -> None:
         try:
             temporary.mkdir()
             building.build(temporary, asked)
+            _refuse_changed(inputs, asked["inputs"])
             publish_folder(temporary, out)
         finally:
             remove(temporary)
+
+
+def _refuse_changed(inputs: Sequence[Checkpoint], before: Sequence[Any]) -> None:
+    pairs = zip(inputs, before, strict=True)
+    changed = [checkpoint for checkpoint, was in pairs if checkpoint.identity() != was]
+    if changed:
+        raise CannotMergeCheckpoints(
+            [f"{each.folder}: changed while it was merged; merge again" for each in changed]
+        )

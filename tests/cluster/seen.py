@@ -7,8 +7,6 @@ import time
 import urllib.request
 from typing import Any
 
-import pytest
-
 from tests.cluster.conftest import Lab
 from tests.flows.conftest import bits_of
 from tests.object_store import BUCKET
@@ -45,12 +43,52 @@ def wait_for_free_slots(lab: Lab, seconds: float = 120.0) -> None:
         time.sleep(1)
 
 
-def published(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, str]]:
-    """What the store holds: artifact -> file -> sha256."""
+def objects(lab: Lab) -> Any:
+    """The object store, as a file system."""
     import s3fs
 
-    for name, value in lab.environment.items():
-        monkeypatch.setenv(name, value)
-    files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    given = lab.environment
+    return s3fs.S3FileSystem(
+        key=given["AWS_ACCESS_KEY_ID"],
+        secret=given["AWS_SECRET_ACCESS_KEY"],
+        endpoint_url=given["AWS_ENDPOINT_URL"],
+        skip_instance_cache=True,
+        use_listings_cache=False,
+    )
+
+
+def _manifests(files: Any) -> dict[str, dict[str, Any]]:
+    """`<kind>/<fingerprint>` -> manifest, of all that is published."""
     found = files.glob(f"{BUCKET}/artifacts/*/*/manifest.json")
-    return bits_of([json.loads(files.cat_file(path)) for path in found])
+    read = {path: json.loads(files.cat_file(path)) for path in found}
+    return {"/".join(path.split("/")[-3:-1]): manifest for path, manifest in read.items()}
+
+
+def published(lab: Lab) -> dict[str, dict[str, str]]:
+    """What the store holds: artifact -> file -> sha256; but for rows, which machines alone have."""
+    found = _manifests(objects(lab))
+    return bits_of([each for name, each in found.items() if not name.startswith("rows/")])
+
+
+def holds(lab: Lab, artifact: str) -> bool:
+    """Whether an artifact (`<kind>/<fingerprint>`) is published."""
+    return bool(objects(lab).exists(f"{BUCKET}/artifacts/{artifact}/manifest.json"))
+
+
+def half_published(lab: Lab) -> list[str]:
+    """Artifacts that can be seen although parts of them are missing."""
+    files = objects(lab)
+    manifests = _manifests(files)  # before the parts: what is published meanwhile has them all
+    there = set(files.find(f"{BUCKET}/artifacts"))
+    return [
+        name
+        for name, manifest in manifests.items()
+        for entry in manifest["files"].values()
+        if f"{BUCKET}/artifacts/{name}/parts/{entry['sha256']}" not in there
+    ]
+
+
+def sent_steps(lab: Lab, flow_run: str) -> str:
+    """Which steps a flow run carries out: the same for a run that was sent again."""
+    parameters = asked(lab, f"flow_runs/{flow_run}")["parameters"]
+    return f"{parameters.get('references')} {parameters.get('share')}"

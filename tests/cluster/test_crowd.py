@@ -27,9 +27,7 @@ def _recipe(method: str, seed: int) -> list[str]:
     return ["run", "params/tiny.yaml", "--method", method, "--seed", str(seed), *SHORT]
 
 
-def test_eight_runs_at_once(
-    lab: Lab, alone: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_eight_runs_at_once(lab: Lab, alone: Machine, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "werkzeug")  # the object store's requests
     wanted = [(method, seed) for seed in SEEDS for method in METHODS]
     laptop = lab.machine("laptop")
@@ -45,7 +43,7 @@ def test_eight_runs_at_once(
     for method, seed in wanted:
         path = f"{method}/order-image-audio/seed-{seed}"
         assert laptop.metrics(path) == alone.metrics(path), path
-    here, there = alone.bits(), published(lab, monkeypatch)
+    here, there = alone.bits(), published(lab)
     assert {name: there.get(name) for name in here} == here
     assert runs_in(lab, "RUNNING", "PENDING", "SCHEDULED") == [] and slots_taken(lab) == 0
     assert any("/manifest.json" in text for text in caplog.messages), "requests are seen"

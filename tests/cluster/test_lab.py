@@ -26,21 +26,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 RECIPE = ["run", "params/tiny.yaml", *PAIR]
 
 
-def test_two_workers_make_the_same_bits_as_one_machine(
-    lab: Lab, alone: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_workers_make_the_same_bits_as_one_machine(lab: Lab, alone: Machine) -> None:
     laptop = lab.machine("laptop")
     with lab.worker("one"), lab.worker("two"):
-        process = laptop.start(*RECIPE, *ON_WORKERS)
+        process = laptop.start(*RECIPE, *ON_WORKERS, "--set", "execution.feature_shares=2")
         code, text = alone.run(*RECIPE)
         assert code == 0, text
         text, _ = process.communicate(timeout=600)
         assert process.returncode == 0, text
     path = "mera/order-image-audio/seed-0"
     assert laptop.metrics(path) == alone.metrics(path)
-    assert published(lab, monkeypatch) == alone.bits()
+    assert published(lab) == alone.bits()
     done = runs_in(lab, "COMPLETED")
     assert sum(run["name"].startswith("stage") for run in done) >= 6
+    assert sum("features, share" in run["name"] for run in done) == 4
     for name in ("one", "two"):
         assert list(lab.folder.glob(f"{name}-home/store/*/[!.]*/*/manifest.json")), name
     assert slots_taken(lab) == 0

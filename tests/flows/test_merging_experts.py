@@ -54,7 +54,15 @@ def _adapter(base, out, settings, seed=0):
 
 def _merge(base, experts, out, rule="average"):
     return merge(
-        rule, base, experts, out, settings=[], keep=[], seed=0, shard_gigabytes=5.0, console=QUIET
+        rule,
+        str(base),
+        [str(each) for each in experts],
+        out,
+        settings=[],
+        keep=[],
+        seed=0,
+        shard_gigabytes=5.0,
+        console=QUIET,
     )
 
 
