@@ -28,7 +28,6 @@ from graftline.run_plan import PlannedScore, RunPlan
 from graftline.step_code import CODE
 from graftline.store import Store
 from graftline.stores import open_store
-from tasks import tracking
 from tasks.patience import patiently
 from tasks.references import Place
 
@@ -100,6 +99,8 @@ def _note(step: Step, place: Place, *, reused: bool) -> None:
 
 def _record(step: Step, place: Place, folder: Path, *, reused: bool) -> None:
     if place.tracked is not None:
+        from tasks import tracking  # MLflow takes seconds, and a worker tells it nothing
+
         tracking.log_step(place.tracked, step, folder, reused=reused)
     _log.info("%s: %s", step.title, "reused" if reused else "done")
 

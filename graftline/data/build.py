@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import yaml
-from datasets import Dataset, Features
 
 from graftline.data import images, point_clouds, sounds, videos
 from graftline.data.parts import Progress
@@ -106,6 +105,11 @@ def _write(rows: list[Row], path: Path) -> None:
     `Dataset.to_parquet` fixes its compression; the table of the `Dataset` is written instead,
     with the features that `datasets` reads back in its metadata.
     """
+    from datasets import (
+        Dataset,
+        Features,
+    )  # takes a second, and most who count checksums write none
+
     features = Features.from_arrow_schema(schema())
     dataset = Dataset.from_dict(as_columns(rows), features=features)
     table = dataset.data.table.cast(features.arrow_schema)

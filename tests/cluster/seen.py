@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from tests.cluster.conftest import Lab
@@ -92,3 +96,15 @@ def sent_steps(lab: Lab, flow_run: str) -> str:
     """Which steps a flow run carries out: the same for a run that was sent again."""
     parameters = asked(lab, f"flow_runs/{flow_run}")["parameters"]
     return f"{parameters.get('references')} {parameters.get('share')}"
+
+
+def computed_by(lab: Lab, name: str, worker: subprocess.Popen[bytes]) -> Iterator[str]:
+    """Artifacts (`<kind>/<fingerprint>`) that a machine has begun to compute."""
+    for holder in lab.folder.glob(f"{name}-home/store/*/.locks/*.holder"):
+        step = holder.name.removesuffix(".holder")
+        kind, _, fingerprint = step.rpartition("-")
+        kind = kind.partition(".share-")[0]
+        with suppress(OSError, ValueError, KeyError):
+            mine = os.getpgid(json.loads(holder.read_text())["pid"]) == worker.pid
+            if mine and (holder.parents[1] / ".work" / f"{kind}-{fingerprint}").exists():
+                yield f"{kind}/{fingerprint}"

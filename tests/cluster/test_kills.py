@@ -5,7 +5,6 @@ Each phase once by default; GRAFTLINE_KILLS=21 switches off three times in each.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
@@ -14,7 +13,6 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -23,6 +21,7 @@ import pytest
 from tests.cluster.conftest import Lab, Machine, kill_group
 from tests.cluster.seen import (
     ON_WORKERS,
+    computed_by,
     half_published,
     holds,
     published,
@@ -149,18 +148,6 @@ def group_of(worker: subprocess.Popen[bytes]) -> list[int]:
             if os.getpgid(int(entry.name)) == worker.pid:
                 found.append(int(entry.name))
     return found
-
-
-def computed_by(lab: Lab, name: str, worker: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Artifacts (`<kind>/<fingerprint>`) that a machine has begun to compute."""
-    for holder in lab.folder.glob(f"{name}-home/store/*/.locks/*.holder"):
-        step = holder.name.removesuffix(".holder")
-        kind, _, fingerprint = step.rpartition("-")
-        kind = kind.partition(".share-")[0]
-        with suppress(OSError, ValueError, KeyError):
-            mine = os.getpgid(json.loads(holder.read_text())["pid"]) == worker.pid
-            if mine and (holder.parents[1] / ".work" / f"{kind}-{fingerprint}").exists():
-                yield f"{kind}/{fingerprint}"
 
 
 def test_machines_are_switched_off_in_every_phase(lab: Lab, alone: Machine) -> None:

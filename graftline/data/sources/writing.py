@@ -7,7 +7,6 @@ from pathlib import Path
 from types import TracebackType
 
 import pyarrow.parquet as pq
-from datasets import Features
 
 from graftline.data.rows import SPLITS, Row, as_columns, schema
 
@@ -24,6 +23,8 @@ class RowsWriter:
     """
 
     def __init__(self, folder: Path, modality: str) -> None:
+        from datasets import Features  # takes a second, and most who know of imports write none
+
         self._folder, self._modality = folder, modality
         self._schema = Features.from_arrow_schema(schema()).arrow_schema
         self._writers = {split: self._open(split) for split in SPLITS}
