@@ -19,7 +19,7 @@ from flows.cli_add import add  # noqa: E402
 from flows.cli_app import app as page  # noqa: E402
 from flows.cli_compare import compare  # noqa: E402
 from flows.cli_drift import drift  # noqa: E402
-from flows.cli_parts import take_apart  # noqa: E402
+from flows.cli_parts import combine, take_apart  # noqa: E402
 from flows.options import (  # noqa: E402
     Method,
     RecipePath,
@@ -47,6 +47,7 @@ app.command()(compare)
 app.command()(drift)
 app.command()(add)
 app.command()(take_apart)
+app.command()(combine)
 app.command("app")(page)
 data_app = typer.Typer(help="A recipe's own data, and the starter's.", no_args_is_help=True)
 app.add_typer(data_app, name="data")

@@ -197,13 +197,17 @@ class Recipe(Part):
     """A whole run: data, model, method and how it is measured."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder under reports/")
-    method: MethodName = "mera"
-    seed: int = Field(0, ge=0)
-    order: tuple[Modality, ...] = Field(min_length=1)
+    method: MethodName = Field("mera", description="how the model grows, or what is composed")
+    seed: int = Field(0, ge=0, description="of all random choices")
+    order: tuple[Modality, ...] = Field(
+        min_length=1, description="modalities in the order in which they are learned"
+    )
     modalities: dict[Modality, ModalitySettings]
     data: DataSettings = DataSettings()
     backbone: BackboneSettings = BackboneSettings()
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="of the weights on the disk"
+    )
     align: PhaseSettings
     fine_tune: FineTuneSettings
     realign: RealignSettings

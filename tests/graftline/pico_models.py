@@ -25,6 +25,9 @@ from transformers import (
     SiglipVisionModel,
     VideoMAEConfig,
     VideoMAEForPreTraining,
+    VoxtralConfig,
+    VoxtralEncoderConfig,
+    VoxtralForConditionalGeneration,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -149,12 +152,13 @@ def pickled(folder: Path, out: Path) -> Path:
     return out
 
 
-def pico_llava(folder: Path, tiny: Path) -> Any:
+def pico_llava(folder: Path, tiny: Path, llm: Any = None) -> Any:
     """LLaVA with 2 x 2 patches of pictures of 8 x 8, the tiny model's tokenizer and template.
 
     Args:
         folder: to fill.
         tiny: the tiny backbone.
+        llm: whose weights its LLM has; drawn ones if left out.
 
     Returns:
         The model.
@@ -165,13 +169,49 @@ def pico_llava(folder: Path, tiny: Path) -> Any:
         image_size=8, patch_size=4,
     )  # fmt: skip
     tokenizer = load_backbone(tiny)[1]
-    text = LlamaConfig(
-        **_LLM, vocab_size=300, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=299)
+    config = LlavaConfig(vision_config=vision, text_config=_llama(tokenizer), image_token_index=299)
     size = {"height": 8, "width": 8}
     processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=size)
     model = LlavaForConditionalGeneration(config).eval()
+    if llm is not None:
+        _give_llm(model, llm)
     _save(model, folder, tokenizer, processor)
     return model
+
+
+def pico_voxtral(folder: Path, tiny: Path, llm: Any) -> Any:
+    """Voxtral that hears windows of two seconds, around the LLM of `pico_llava`; see there."""
+    torch.manual_seed(1)
+    audio = VoxtralEncoderConfig(
+        num_mel_bins=20, max_source_positions=100, num_hidden_layers=1, hidden_size=16,
+        num_attention_heads=2, intermediate_size=64,
+    )  # fmt: skip
+    tokenizer = load_backbone(tiny)[1]
+    text = _llama(tokenizer)
+    config = VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=299)
+    model = VoxtralForConditionalGeneration(config).eval()
+    _give_llm(model, llm)
+    extractor: Any = WhisperFeatureExtractor
+    _save(model, folder, tokenizer, extractor(feature_size=20, chunk_length=2))
+    return model
+
+
+def pico_base(folder: Path, tiny: Path) -> Any:
+    """The LLM that `pico_llava` and `pico_voxtral` may be trained from."""
+    torch.manual_seed(2)
+    tokenizer = load_backbone(tiny)[1]
+    model = LlamaForCausalLM(_llama(tokenizer)).eval()
+    _save(model, folder, tokenizer)
+    return model
+
+
+def _give_llm(model: Any, llm: Any) -> None:
+    model.model.language_model.load_state_dict(llm.model.state_dict())
+    model.lm_head.load_state_dict(llm.lm_head.state_dict())
+
+
+def _llama(tokenizer: Any) -> LlamaConfig:
+    return LlamaConfig(
+        **_LLM, vocab_size=300, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, head_dim=12,
+    )  # fmt: skip

@@ -118,10 +118,13 @@ def route_to_masks(
 
 def _place(composed: Path, modality: str) -> int:
     """Which expert of a composition is the modality's."""
-    order = json.loads((composed.parent / "experts.json").read_text(encoding="utf-8"))
-    if modality not in order:
-        raise GraftlineError(f"{composed}: holds no expert for {modality} (it has: {order}).")
-    return int(order.index(modality))
+    found = json.loads((composed.parent / "experts.json").read_text(encoding="utf-8"))
+    # A composition of whole models says whose expert serves several modalities.
+    places = found if isinstance(found, dict) else {name: n for n, name in enumerate(found)}
+    if modality not in places:
+        known = ", ".join(places)
+        raise GraftlineError(f"{composed}: holds no expert for {modality} (it has: {known}).")
+    return int(places[modality])
 
 
 def _weights(folder: Path, names: list[str], loaded: LoadedModel) -> dict[str, Tensor]:
