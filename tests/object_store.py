@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -54,7 +54,8 @@ class ObjectStore:
             endpoint_url=self.environment["AWS_ENDPOINT_URL"],
             skip_instance_cache=True,
         )
-        files.mkdir(BUCKET)
+        with suppress(FileExistsError):  # all servers of this process hold the same
+            files.mkdir(BUCKET)
 
     def stop(self) -> None:
         """Stops it; nothing listens any more."""

@@ -91,3 +91,37 @@ def test_repro_metrics_plots_and_experiments(copy):
     assert set(changed) == {"reports/tiny/mera/seed-0/metrics.json"}
     values = yaml.safe_load((project.folder / "params/tiny.yaml").read_text())
     assert values["replay"]["fraction"] == 0.5
+
+
+def test_data_and_reports_go_to_an_object_store_and_come_back(copy, tmp_path):
+    pytest.importorskip("dvc_s3", reason="install graftline[s3] for this test")
+    from tests.object_store import BUCKET, s3_server
+
+    project = Copy(copy)
+    report = project.folder / "reports" / "mine" / "scores.csv"
+    report.parent.mkdir(parents=True)
+    report.write_text("stage,score\n1,0.5\n")
+    project.run("dvc", "add", "--quiet", "reports/mine")
+    nothing = tmp_path / "no-aws-config"
+    nothing.touch()
+    with s3_server() as store:
+        project.environment |= {**store, "AWS_CONFIG_FILE": str(nothing)}
+        project.run("dvc", "remote", "add", "--default", "lab", f"s3://{BUCKET}/dvc")
+        project.run("dvc", "remote", "modify", "lab", "endpointurl", store["AWS_ENDPOINT_URL"])
+        project.commit()
+        assert "pushed" in project.run("dvc", "push")
+        project.run("git", "clone", "--quiet", ".", str(tmp_path / "clone"))
+        before = {
+            path.relative_to(project.folder): path.read_bytes()
+            for folder in ("data", "reports/mine")
+            for path in (project.folder / folder).rglob("*")
+            if path.is_file() and path.name != ".gitignore"
+        }
+        project.folder = tmp_path / "clone"
+        assert not (project.folder / "data").exists()
+        project.run("dvc", "pull", "data", "reports/mine")
+        assert len(before) > 12
+        for path, content in before.items():
+            assert (project.folder / path).read_bytes() == content, path
+        words = [sys.executable, "-m", "flows.cli", "data", "verify"]
+        assert "data is what data.dvc records" in project.run(*words)
