@@ -16,7 +16,7 @@ import torch
 
 from graftline.data.rows import SPLITS, split_file
 from graftline.model.connector_kinds import build_connector, connector_parameters
-from graftline.model_settings import FeatureRows, TransformersEncoder
+from graftline.model_settings import FeatureRows, TimmEncoder, TransformersEncoder
 from graftline.plan import Step
 from graftline.recipe import Recipe
 
@@ -59,7 +59,7 @@ def encoder_shape(
     if encoder.expected is None:
         return None
     tokens = encoder.expected.positions
-    if isinstance(encoder, TransformersEncoder):
+    if isinstance(encoder, (TransformersEncoder, TimmEncoder)):
         tokens -= encoder.pooling == "patches"
         tokens = 1 if encoder.pooling in ("first", "mean") else tokens
         tokens = encoder.tokens or tokens

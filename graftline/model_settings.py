@@ -79,6 +79,24 @@ class TransformersEncoder(Pretrained):
     expected: EncoderSize | None = None
 
 
+class TimmEncoder(Pretrained):
+    """A frozen picture encoder of timm, in the layout of the hub's `timm/...`."""
+
+    source: Literal["timm"]
+    layer: int | None = Field(
+        None, description="which block's output, -2: the last but one; the model's own if left out"
+    )
+    pooling: Literal["all", "patches", "mean"] = Field(
+        "patches",
+        description="all: every position; patches: places of the picture; mean: one token",
+    )
+    tokens: int | None = Field(
+        None, ge=1, description="average neighbouring positions down to this many tokens"
+    )
+    frames: int | None = Field(None, ge=1, description="of a video, evenly spread")
+    expected: EncoderSize | None = None
+
+
 class FeatureRows(Part):
     """No encoder: rows hold float arrays (tokens, width) that a sensor or another model made."""
 
@@ -100,9 +118,10 @@ class PythonEncoder(Part):
     expected: EncoderSize | None = None
 
 
-OwnEncoder = TransformersEncoder | FeatureRows | PythonEncoder
+OwnEncoder = TransformersEncoder | TimmEncoder | FeatureRows | PythonEncoder
 ENCODER_PARTS: Mapping[str, type[Part]] = {
     "[transformers]": TransformersEncoder,
+    "[timm]": TimmEncoder,
     "[features]": FeatureRows,
     "[python]": PythonEncoder,
 }
@@ -118,13 +137,14 @@ def _encoder_tag(value: Any) -> str | None:
 EncoderChoice = Annotated[
     Annotated[str, Tag("[name]")]
     | Annotated[TransformersEncoder, Tag("[transformers]")]
+    | Annotated[TimmEncoder, Tag("[timm]")]
     | Annotated[FeatureRows, Tag("[features]")]
     | Annotated[PythonEncoder, Tag("[python]")],
     Discriminator(
         _encoder_tag,
         custom_error_type="encoder_source",
         custom_error_message="write the name of a starter's encoder, or a mapping with source: "
-        "transformers, features or python (docs/models.md; timm's models are used as python)",
+        "transformers, timm, features or python (docs/models.md)",
     ),
 ]
 

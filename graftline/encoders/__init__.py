@@ -11,6 +11,7 @@ import torch
 from graftline.data.kinds import FEATURES
 from graftline.encoders.arrays import ArrayEncoder
 from graftline.encoders.own_class import OwnClassEncoder, class_identity
+from graftline.encoders.timm_models import TimmModel, timm_problem
 from graftline.encoders.towers import TransformersTower
 from graftline.errors import GraftlineError
 from graftline.manifest import canonical_json
@@ -22,6 +23,7 @@ from graftline.model_settings import (
     OwnEncoder,
     Pretrained,
     PythonEncoder,
+    TimmEncoder,
     TransformersEncoder,
 )
 from graftline.step_code import source_digest
@@ -52,6 +54,9 @@ def describe_encoder(encoder: str | OwnEncoder, media: str) -> dict[str, Any]:
     if isinstance(encoder, TransformersEncoder):
         recorded["weights"] = identity(encoder, code=encoder.trust_remote_code)
         called = f"transformers:{encoder.name or encoder.folder}"
+    elif isinstance(encoder, TimmEncoder):
+        recorded["weights"] = identity(encoder)
+        called = f"timm:{encoder.name or encoder.folder}"
     elif isinstance(encoder, PythonEncoder):
         recorded["class"] = class_identity(encoder.python)
         called = f"python:{encoder.python}"
@@ -94,6 +99,10 @@ def open_encoder(recorded: Mapping[str, Any], device: torch.device | str = "cpu"
         if class_identity(own.python) != recorded["class"]:
             raise GraftlineError(f"{own.python}: its code changed since the run was planned")
         return OwnClassEncoder(own, sha256)
+    if settings["source"] == "timm":
+        folder = folder_of(recorded["weights"])
+        given = TimmEncoder(**settings)
+        return TimmModel(given, media, folder, name, sha256, torch.device(device))
     tower = TransformersEncoder(**settings)
     check_trust(tower.trust_remote_code)
     folder = folder_of(recorded["weights"], code=tower.trust_remote_code)
@@ -121,6 +130,11 @@ def encoder_problem(encoder: str | OwnEncoder, media: str) -> str | None:
             if media not in TransformersTower.MEDIA:
                 known = ", ".join(TransformersTower.MEDIA)
                 return f"source: transformers encodes {known}, not {media}; use source: python"
+        elif isinstance(encoder, TimmEncoder):
+            if media not in TimmModel.MEDIA:
+                return f"source: timm encodes {', '.join(TimmModel.MEDIA)}, not {media}"
+            if problem := timm_problem():
+                return problem
         elif (encoder == FEATURES or isinstance(encoder, FeatureRows)) and media != FEATURES:
             return f"takes arrays, and the rows hold {media}; write media: features"
         elif media == FEATURES and isinstance(encoder, str) and encoder != FEATURES:

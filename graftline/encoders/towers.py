@@ -26,7 +26,7 @@ from graftline.model_settings import TransformersEncoder
 
 _AT_ONCE = 16
 """Pictures, sounds or videos in one forward pass."""
-_FRAMES = 4
+FRAMES = 4
 """Of a video, where the encoder sees single pictures and the recipe says nothing."""
 _TOWERS: Mapping[str, tuple[str, ...]] = {
     "image": ("vision_model", "vision_tower", "visual"),
@@ -155,7 +155,7 @@ class TransformersTower:
 
     def _videos(self, media: Sequence[np.ndarray]) -> tuple[str, Tensor, int]:
         if not self._sees_videos:
-            count = self._settings.frames or _FRAMES
+            count = self._settings.frames or FRAMES
             frames = [frame for video in media for frame in evenly(video, count)]
             return "pixel_values", self._pixels(frames), count
         count = int(self._tower.config.num_frames)
