@@ -77,7 +77,11 @@ def test_a_backbone_in_one_word(source, name, problem):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("modalities.image.encoder", {"source": "timm", "name": "vit"}, "source: transformers, f"),
+        (
+            "modalities.image.encoder",
+            {"source": "vit", "name": "vit"},
+            "source: transformers, timm",
+        ),
         (
             "modalities.image.encoder",
             {"source": "transformers", "folder": "x", "poolin": "mean"},
