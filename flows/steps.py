@@ -11,6 +11,7 @@ from prefect import flow
 from graftline.errors import GraftlineError
 from graftline.recipe import Recipe
 from graftline.run_plan import plan_run
+from graftline.stores import open_store
 from graftline.work import Machine
 from tasks.references import Place
 from tasks.steps import TASKS, feature_share
@@ -42,6 +43,7 @@ def steps(
             "Update both and run again."
         )
     # Numbers are recorded by the run that waits for these steps.
+    open_store(chosen.store).sweep()  # what killed steps left here, and copies above the limit
     place = Place(chosen.store, replace(Machine.of(chosen), slots=1))
     if share:
         feature_share(known[references[0]], place, share)

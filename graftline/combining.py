@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from graftline.asking.card import model_card
 from graftline.errors import GraftlineError
 from graftline.kinship import require_kin
 from graftline.manifest import seal
-from graftline.merging.checkpoints import open_checkpoint
+from graftline.merging.checkpoints import INDEX, open_checkpoint
+from graftline.merging.companions import companions_of
 from graftline.merging.rules import rule_named
 from graftline.merging.streaming import MergeReport, MergeRequest, merge_checkpoints
+from graftline.model.building import BUILDING
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,12 @@ def combine(
         seed: of the rule's random choices.
 
     Returns:
-        What the composition did.
+        What the composition did. Prompts are written by the first model's chat template; a warning
+        says so where the models' templates differ.
 
     Raises:
         GraftlineError: lists what stands against it: a modality in two models, one that is routed
-            already, one of another base, unlike prompts.
+            already, one of another base, unlike system prompts.
     """
     refuse_existing(out)
     members = [_Member(folder, read_description(folder)) for folder in models]
@@ -110,8 +113,9 @@ def combine(
                 names={base: base.name, **{each.backbone: each.folder.name for each in members}},
             )
             report = merge_checkpoints(request)
+            warnings = _give_template(members, temporary / "backbone")
             if masked:
-                shutil.copytree(base, temporary / "base", symlinks=False)
+                _copy_checkpoint(base, temporary / "base")
                 places = {name: n for n, each in enumerate(members) for name in each.modalities}
                 (temporary / "experts.json").write_text(json.dumps(places), encoding="utf-8")
             description = _described(members, base, rule, seed, masked)
@@ -121,7 +125,39 @@ def combine(
             durable.rename_new(temporary, out.absolute())
     finally:
         durable.remove(temporary)
-    return report
+    return replace(report, warnings=(*report.warnings, *warnings))
+
+
+def _copy_checkpoint(folder: Path, out: Path) -> None:
+    """Copies a checkpoint, and nothing that lies beside it."""
+    out.mkdir()
+    files = {entry.file for entry in open_checkpoint(folder).entries.values()}
+    for file in [*sorted(files), *companions_of(folder), folder / INDEX]:
+        if file.is_file():
+            shutil.copyfile(file, out / file.name)
+
+
+def _give_template(members: Sequence[_Member], backbone: Path) -> list[str]:
+    """Gives the new model its first member's chat template; warns where others had another."""
+    with BUILDING:
+        from transformers import AutoTokenizer
+
+        tokenizers: Any = AutoTokenizer
+        texts = [
+            tokenizers.from_pretrained(str(each.backbone), local_files_only=True).chat_template
+            for each in members
+        ]
+    if texts[0]:
+        (backbone / "chat_template.jinja").write_text(texts[0], encoding="utf-8")
+    others = [
+        each.folder.name for each, text in zip(members, texts, strict=True) if text != texts[0]
+    ]
+    if not others:
+        return []
+    return [
+        f"{', '.join(others)}: had another chat template than {members[0].folder.name}, whose is "
+        "used; name the model first whose prompts matter most"
+    ]
 
 
 def _refuse(members: Sequence[_Member]) -> None:

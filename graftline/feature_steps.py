@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from graftline.data.build import checksums
 from graftline.data.dividing import every_share, only_share, share_name
@@ -83,8 +83,8 @@ def publish_rows(step: Step, store: Store, machine: Machine) -> None:
         for split in SPLITS:
             source = split_file(machine.data_folder, modality, split)
             shutil.copyfile(source, out / f"{split}.parquet")
-        found = {split: checksums(out)[f"{split}.parquet"] for split in SPLITS}
-        _refuse_changed(machine.data_folder, modality, rows.parameters["files"], found)
+        if changed := _changed(step, out):
+            _refuse(machine.data_folder, changed)
 
     store.publish(
         rows.kind,
@@ -97,12 +97,20 @@ def publish_rows(step: Step, store: Store, machine: Machine) -> None:
 
 
 def rows_of(step: Step, store: Store, machine: Machine) -> Artifact | None:
-    """The rows of a step that lie in the store; None if this machine's data folder has them."""
-    modality = step.parameters["modality"]
-    if "rows" not in step.parents and split_file(machine.data_folder, modality, "train").exists():
+    """The rows of a step that lie in the store; None if this machine's data folder has them.
+
+    Raises:
+        GraftlineError: they are in neither.
+    """
+    folder = split_file(machine.data_folder, step.parameters["modality"], "train").parent
+    imported = step.parents.get("rows")
+    changed = [] if imported else _changed(step, folder)
+    if not imported and not changed:
         return None
-    reference = step.parents.get("rows") or _rows_step(step).reference
+    reference = imported or _rows_step(step).reference
     found = store.find(reference.kind, reference.fingerprint)
+    if found is None and folder.is_dir() and not imported:
+        _refuse(machine.data_folder, changed)
     if found is None:
         raise GraftlineError(
             f"{step.label}: its rows are neither in {machine.data_folder} on this machine nor in "
@@ -148,23 +156,21 @@ def _encode(work: Work, encoder: Any) -> None:
 
 
 def _rows_folder(work: Work, modality: str) -> Path:
-    """Where a modality's splits lie: in the store, or in the data folder."""
+    """Where a modality's splits lie: in the store, or in the data folder, as `rows_of` found."""
     if "rows" in work.parents:
         return work.parents["rows"].folder
-    folder, expected = work.machine.data_folder, work.step.parameters["files"]
-    there = checksums(folder)
-    found = {split: there.get(f"{modality}/{split}.parquet", "") for split in expected}
-    _refuse_changed(folder, modality, expected, found)
-    return split_file(folder, modality, "train").parent
+    return split_file(work.machine.data_folder, modality, "train").parent
 
 
-def _refuse_changed(
-    folder: Path, modality: str, expected: dict[str, str], found: dict[str, str]
-) -> None:
-    changed = [
-        f"{modality}/{split}.parquet" for split in expected if found[split] != expected[split]
-    ]
-    if changed:
-        raise GraftlineError(
-            f"{folder}: {', '.join(changed)} changed while the run was going on; run it again."
-        )
+def _changed(step: Step, folder: Path) -> list[str]:
+    """Files of a step's rows that are not in a folder as the plan knows them."""
+    there = checksums(folder) if folder.is_dir() else {}
+    modality, expected = step.parameters["modality"], step.parameters["files"]
+    splits = [split for split, md5 in expected.items() if there.get(f"{split}.parquet") != md5]
+    return [f"{modality}/{split}.parquet" for split in splits]
+
+
+def _refuse(folder: Path, changed: list[str]) -> NoReturn:
+    raise GraftlineError(
+        f"{folder}: {', '.join(changed)} changed while the run was going on; run it again."
+    )

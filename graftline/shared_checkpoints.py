@@ -14,10 +14,11 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from graftline import durable
@@ -25,6 +26,8 @@ from graftline import durable
 LISTING = "files.json"
 _NEWEST = re.compile(r"checkpoint-\d+")
 _SHARE = re.compile(r"share-\d+-of-(\d+)")
+_CHECKPOINT_FILE = re.compile(r"(share-\d+-of-\d+/)?checkpoint-\d+/[\w.-]+")
+_SHARE_FILE = re.compile(r"[\w-]+/share-\d+-of-\d+\.[a-z]+")
 _SECONDS = 2.0
 """Between two looks at the work folder."""
 
@@ -66,7 +69,7 @@ class SharedCheckpoints:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Fetches what is kept, then sends checkpoints that appear while the context lasts."""
+        """Fetches the newest checkpoint, then sends those that appear while the context lasts."""
         self._guarded(self._fetch)
         try:
             with repeated(lambda: self._guarded(self._send), _SECONDS, "checkpoints"):
@@ -96,19 +99,21 @@ class SharedCheckpoints:
         newest, folders = _newest(self._work)
         if not folders or newest == self._sent:
             return
-        found = [file for folder in folders for file in sorted(folder.iterdir())]
-        self.keep(newest, {file.relative_to(self._work).as_posix(): file for file in found})
-        for older in self._there():
-            if _NEWEST.fullmatch(older) and older < newest:
-                self._remove(f"{self._place}/{older}")
+        with _held(folders, self._work) as files:
+            self.keep(newest, files)
+        for other in self._there():
+            if _NEWEST.fullmatch(other) and other != newest:
+                self._remove(f"{self._place}/{other}")
         self._sent = newest
+
+    def fetch_shares(self) -> None:
+        """Copies the shares that are kept whole here; a damaged one is left out."""
+        for name in filter(_SHARE.fullmatch, self._there()):
+            self._fetched(name, replaces=True)
 
     def _fetch(self) -> None:
         here, _ = _newest(self._work)
-        there = self._there()
-        for name in filter(_SHARE.fullmatch, there):
-            self._fetched(name, replaces=True)
-        for name in sorted(filter(_NEWEST.fullmatch, there), reverse=True):
+        for name in sorted(filter(_NEWEST.fullmatch, self._there()), reverse=True):
             if name <= here:
                 break
             if self._fetched(name):
@@ -125,7 +130,8 @@ class SharedCheckpoints:
         """
         temporary = durable.temporary_sibling(self._work / name)
         try:
-            files = self._copied(name, temporary)
+            pattern = _SHARE_FILE if replaces else _CHECKPOINT_FILE
+            files = self._copied(name, temporary, pattern)
             if replaces:
                 for file in files:
                     (self._work / file).parent.mkdir(parents=True, exist_ok=True)
@@ -139,15 +145,15 @@ class SharedCheckpoints:
             durable.remove(temporary)
         return bool(files)
 
-    def _copied(self, name: str, out: Path) -> list[str]:
+    def _copied(self, name: str, out: Path, pattern: re.Pattern[str]) -> list[str]:
         """Copies files; returns their names, or nothing if not all are as the listing says."""
         try:
             files = json.loads(self._objects.cat_file(f"{self._place}/{name}/{LISTING}"))
         except FileNotFoundError:
             return []  # its writer died before it was whole
         for file, sha256 in files.items():
-            if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-                return []
+            if not pattern.fullmatch(file):
+                return []  # of another version, or somebody else's
             (out / file).parent.mkdir(parents=True, exist_ok=True)
             self._objects.get_file(f"{self._place}/{name}/{file}", os.fspath(out / file))
             if durable.file_sha256(out / file) != sha256:
@@ -178,15 +184,41 @@ class SharedCheckpoints:
 
 
 def _newest(work: Path) -> tuple[str, list[Path]]:
-    """The newest checkpoint that all processes of a step have: its name, and each one's folder."""
+    """The last checkpoint that all processes of a step wrote: its name, and each one's folder.
+
+    Another number of processes begins anew, so the last one need not be the farthest.
+    """
     shares = [each for each in work.glob("share-*") if _SHARE.fullmatch(each.name)]
     sizes = {int(each.name.rpartition("-")[2]) for each in shares}
     teams = [[each for each in shares if each.name.endswith(f"-of-{size}")] for size in sizes]
     whole = [team for team, size in zip(teams, sizes, strict=True) if len(team) == size]
-    found: tuple[str, list[Path]] = ("", [])
+    found: list[tuple[float, str, list[Path]]] = [(0.0, "", [])]
     for homes in [[work], *whole]:
         names = [{each.name for each in home.glob("checkpoint-[0-9]*")} for home in homes]
         newest = max(set.intersection(*names), default="")
-        if newest > found[0]:
-            found = (newest, [home / newest for home in homes])
-    return found
+        if newest:
+            folders = [home / newest for home in homes]
+            found.append((max(each.stat().st_mtime for each in folders), newest, folders))
+    _, name, folders = max(found)
+    return name, folders
+
+
+@contextmanager
+def _held(folders: list[Path], work: Path) -> Iterator[dict[str, Path]]:
+    """The files of checkpoints by their relative names, which stay while training removes them."""
+    kept = durable.temporary_sibling(work / "sent")
+    try:
+        files = {}
+        for file in (file for folder in folders for file in sorted(folder.iterdir())):
+            name = file.relative_to(work).as_posix()
+            (kept / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file, kept / name)
+            except FileNotFoundError:
+                raise
+            except OSError:  # a file system without links
+                shutil.copyfile(file, kept / name)
+            files[name] = kept / name
+        yield files
+    finally:
+        durable.remove(kept)

@@ -38,7 +38,7 @@ from graftline.manifest import (
 )
 from graftline.shared_checkpoints import SharedCheckpoints
 from graftline.shared_claims import SharedClaim
-from graftline.shared_copies import Room
+from graftline.shared_copies import Room, holds_credentials
 from graftline.store import Artifact, Store
 
 CACHE_VARIABLE = "GRAFTLINE_STORE_CACHE"
@@ -93,7 +93,7 @@ class SharedStore(Store):
                 f"{url}: the artifact store cannot be there; name a local folder, or a URL with"
                 f" {', '.join(_PROTOCOLS)}."
             )
-        if "@" in rest.partition("/")[0]:
+        if holds_credentials(rest):
             raise GraftlineError(
                 f"{protocol}://...: the store's URL holds credentials; give them by the"
                 " environment, where no log and no recipe shows them."
@@ -177,15 +177,13 @@ class SharedStore(Store):
         self, kind: str, fingerprint: str, what: str, wanted: Callable[[str], bool]
     ) -> Path | None:
         """A folder with some files of an artifact, verified; None if it is not published."""
-        some = self.root / ".notes" / f"{kind}-{fingerprint}{what}"
-        if _is_whole(some, wanted):
-            return some
         published = self._published(kind, fingerprint)
         if published is None:
             return None
+        some = self.root / ".notes" / f"{kind}-{fingerprint}{what}"
         names = [name for name in published.files if wanted(name)]
         with self.lock(kind, fingerprint):
-            if not _is_whole(some, wanted):
+            if not _is_whole(some, published, names):
                 durable.discard(some)
                 self._copy(self.location(kind, fingerprint), published, names, some)
         return some
@@ -197,7 +195,7 @@ class SharedStore(Store):
 
         def is_done() -> bool:
             with self._reaching():
-                return kept.holds(name)
+                return kept.holds(name) or self.holds(kind, fingerprint)
 
         claim = SharedClaim(self._objects, f"{self.url}/.claims/{kind}.{name}-{fingerprint}")
         with super().share(kind, fingerprint, name), claim.held(is_done) as ours:
@@ -206,6 +204,8 @@ class SharedStore(Store):
                 files = sorted(work.glob(f"*/{name}.*"))
                 with self._reaching():
                     kept.keep(name, {file.relative_to(work).as_posix(): file for file in files})
+                for file in files:  # who joins the shares fetches them
+                    file.unlink()
 
     def sweep(self) -> list[Path]:
         """Remove what dead writers of this machine left, and copies above the limit."""
@@ -237,6 +237,8 @@ class SharedStore(Store):
             built = None
         checkpoints = self._checkpoints(kind, fingerprint)
         if built is None:
+            with self._reaching():
+                checkpoints.fetch_shares()
             with checkpoints.shared():
                 self._copies._build(kind, fingerprint, step, build)
         self._send(kind, fingerprint)
@@ -359,16 +361,13 @@ class SharedStore(Store):
             ) from error
 
 
-def _is_whole(folder: Path, wanted: Callable[[str], bool]) -> bool:
-    """Whether some files of an artifact are here as its manifest, which lies with them, says."""
+def _is_whole(folder: Path, published: _Published, names: list[str]) -> bool:
+    """Whether some files of just this artifact are in a folder, whole."""
     try:
-        files = read_manifest(folder)["files"]
-        return all(
-            durable.file_sha256(folder / name) == entry["sha256"]
-            for name, entry in files.items()
-            if wanted(name)
+        return (folder / MANIFEST).read_bytes() == published.text and all(
+            durable.file_sha256(folder / name) == published.files[name]["sha256"] for name in names
         )
-    except (OSError, CorruptArtifact):
+    except OSError:
         return False
 
 

@@ -32,6 +32,8 @@ def _commands(page: Path) -> Iterator[str]:
         for line in block.replace("\\\n", " ").splitlines():
             if line.strip().startswith("graftline "):
                 yield line.strip()
+    for row in re.findall(r"^\| `(graftline [^`]*)`", text, re.MULTILINE):
+        yield re.sub(r"[\[\]]|\.\.\.", " ", row)
 
 
 def test_the_reference_is_what_the_code_says() -> None:

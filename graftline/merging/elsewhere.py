@@ -7,17 +7,20 @@ disk.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from graftline.errors import GraftlineError
 from graftline.merging.companions import WEIGHTS
+from graftline.shared_copies import holds_credentials
 from graftline.weight_files import Origin
 
 _PROTOCOLS = ("s3", "s3a")
+_OURS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+"""Faults of this machine's disk."""
 _Found = TypeVar("_Found")
 
 
@@ -33,11 +36,12 @@ class RangedObject:
         objects: the `fsspec` file system.
         path: its name there.
         url: what people call it.
-        size: its bytes.
+        listed: what the store says of it: size and ETag.
     """
 
-    def __init__(self, objects: Any, path: str, url: str, size: int) -> None:
-        self._objects, self._path, self._url, self.size = objects, path, url, size
+    def __init__(self, objects: Any, path: str, url: str, listed: Mapping[str, Any]) -> None:
+        self._objects, self._path, self._url = objects, path, url
+        self._tag, self.size = listed.get("ETag"), int(listed["size"])
 
     def read(self, start: int, count: int) -> bytes:
         """So many of its bytes; fewer where it ends."""
@@ -48,10 +52,15 @@ class RangedObject:
         return bytes(_reached(self._url, read))
 
     def identity(self) -> str:
-        """Digest of what the store says of its content now."""
+        """What the store says of its content.
+
+        Raises:
+            GraftlineError: it is another than when the checkpoint was opened.
+        """
         found = _reached(self._url, partial(self._objects.info, self._path))
-        told = repr([found.get("size"), found.get("ETag"), str(found.get("LastModified"))])
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        if (found.get("ETag"), found.get("size")) != (self._tag, self.size):
+            raise GraftlineError(f"{self._url}: changed while it was merged; merge again")
+        return str(self._tag)
 
 
 def fetch_checkpoint(url: str, folder: Path, *, whole: bool = False) -> dict[str, Origin]:
@@ -72,7 +81,7 @@ def fetch_checkpoint(url: str, folder: Path, *, whole: bool = False) -> dict[str
     """
     url = url.rstrip("/")
     protocol, _, place = url.partition("://")
-    if protocol not in _PROTOCOLS or "@" in place.partition("/")[0]:
+    if protocol not in _PROTOCOLS or holds_credentials(place):
         raise GraftlineError(
             f"{protocol}://...: name a folder, or s3://bucket/prefix with its credentials in the "
             "environment"
@@ -93,7 +102,7 @@ def fetch_checkpoint(url: str, folder: Path, *, whole: bool = False) -> dict[str
     for name, each in sorted(files.items()):
         if name.endswith(WEIGHTS) and not (whole and name.endswith(".safetensors")):
             (folder / name).touch()
-            origins[name] = RangedObject(objects, each["name"], f"{url}/{name}", each["size"])
+            origins[name] = RangedObject(objects, each["name"], f"{url}/{name}", each)
         else:
             _reached(url, partial(objects.get_file, each["name"], str(folder / name)))
     return origins
@@ -104,6 +113,8 @@ def _reached(url: str, action: Callable[[], _Found]) -> _Found:
     try:
         return action()
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OURS:
+            raise
         text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise GraftlineError(
             f"{url}: cannot be read ({text}). Look at its name, and at the address and the "

@@ -70,6 +70,7 @@ class Fleet:
         self._moments = random.Random(0)
         self._workers = {name: stack.enter_context(lab.worker(name)) for name in MACHINES}
         self._sent: Counter[str] = Counter()
+        self._off: list[str] = []
         self._lock = threading.Lock()
         self.killed: list[tuple[str, str]] = []
         self.late: list[tuple[str, str]] = []
@@ -81,7 +82,10 @@ class Fleet:
         return [phase for phase in PHASES if done[phase] < each]
 
     def look(self) -> None:
-        """Switches a machine off if it has begun what is wanted."""
+        """Switches machines on again, and one off if it has begun what is wanted."""
+        while self._off:  # from this thread: a worker ends with the thread that started it
+            name = self._off.pop()
+            self._workers[name] = self._stack.enter_context(self._lab.worker(name))
         wanted = self.wanted()
         for name, worker in self._workers.items():
             for artifact in computed_by(self._lab, name, worker):
@@ -110,7 +114,7 @@ class Fleet:
             self._sent[steps] += 1
             late = holds(self._lab, artifact)
             (self.late if late else self.killed).append((phase, artifact.partition("/")[0]))
-            self._workers[name] = self._stack.enter_context(self._lab.worker(name))
+            self._off.append(name)
 
 
 class Uploads(logging.Handler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from graftline.asking.parts import load_parts
 from graftline.combining import combine
 from graftline.data.encoding import encode_wav
 from graftline.errors import GraftlineError
+from graftline.manifest import seal
 from graftline.merging.masks import decoupled_weight, load_masks
 from graftline.model.backbone import make_tiny
 from graftline.taking_apart import take_apart
@@ -89,6 +91,37 @@ def test_mmer_gives_each_medium_what_its_own_model_learned(made: Path, tmp_path:
     )]  # fmt: skip
     answers = asker.answer(turns)
     assert len(answers) == 3 and all(isinstance(answer, str) for answer in answers)
+
+
+def test_a_base_in_shards_and_the_members_own_template(made: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(made / "base").save_pretrained(
+        tmp_path / "base", max_shard_size="50KB"
+    )
+    for file in (made / "base").glob("token*"):
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "base" / "original").mkdir()
+    (tmp_path / "base" / "original" / "consolidated.00.pth").write_bytes(b"a pickle")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
+    models = [made / "seeing", made / "hearing"]
+    report = combine(tmp_path / "base", models, tmp_path / "both")
+    assert not (tmp_path / "both/base/original").exists()
+    assert report.warnings == ()
+    asker = Asker(read_bundle(tmp_path / "both"))
+    shown = _shown(asker, tmp_path)
+    assert len(asker.answer([[Turn((shown["image"],), "What is this?")]])) == 1
+    other = tmp_path / "hearing"
+    shutil.copytree(made / "hearing", other)
+    (other / "backbone/chat_template.jinja").write_text("{{ messages[0].content }}")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").unlink()
+    kept = ("format", "kind", "fingerprint", "parameters", "parents", "code")
+    seal(other, {key: manifest[key] for key in kept})
+    report = combine(made / "base", [made / "seeing", other], tmp_path / "unlike", rule="average")
+    assert "hearing: had another chat template than seeing" in report.warnings[-1]
+    template = "backbone/chat_template.jinja"
+    assert (tmp_path / "unlike" / template).read_text() == (made / "seeing" / template).read_text()
 
 
 def test_one_backbone_for_all_is_their_average(made: Path, tmp_path: Path) -> None:

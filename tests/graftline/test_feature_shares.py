@@ -78,6 +78,7 @@ def test_three_machines_make_what_one_makes_and_none_works_twice(
         store = elsewhere(url, f"machine {number}")
         encode_share(step, store, worker, number)
         counts.append(_rows(encoded))
+        assert not list(store.root.glob(".work/*/*/share-*")), "what is sent does not stay here"
         encode_share(step, elsewhere(url, "another"), worker, number)
         assert _rows(encoded) == 0, "another machine finds it done"
     assert sum(counts) == total and all(counts)
@@ -114,6 +115,20 @@ def test_a_share_that_was_stopped_goes_on_and_what_is_missing_is_encoded(
     found = execute(step, store, machine)  # shares 1 and 3 went to nobody
     assert before + _rows(encoded) == total
     assert _bytes(found.folder) == _bytes(alone.folder)
+
+
+def test_a_machine_with_other_data_takes_the_rows_of_the_run(
+    tmp_path: Path, url: str, elsewhere: Any, step: Step
+) -> None:
+    publish_rows(step, elsewhere(url, "laptop"), Machine(tmp_path / "data"))
+    old = tmp_path / "old"
+    point_clouds(old)
+    (old / "point_cloud/test.parquet").write_bytes(b"of last year")
+    found = execute(step, elsewhere(url, "worker"), Machine(old, "cpu"))
+    alone = execute(step, Store(tmp_path / "alone"), Machine(tmp_path / "data", "cpu"))
+    assert _bytes(found.folder) == _bytes(alone.folder)
+    with pytest.raises(GraftlineError, match=r"point_cloud/test.parquet changed while"):
+        execute(step, Store(tmp_path / "other"), Machine(old, "cpu"))
 
 
 def test_a_machine_without_data_and_rows_says_so(

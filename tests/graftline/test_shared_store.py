@@ -267,6 +267,8 @@ def test_trouble_is_named(
     for wrong in ("file:///tmp/x", "http://host/x"):
         with pytest.raises(GraftlineError, match="cannot be there"):
             open_store(wrong)
+    with pytest.raises(GraftlineError, match="holds credentials"):
+        open_store("s3://id:half/other-half@lab/x")
     with pytest.raises(GraftlineError, match="holds credentials") as raised:
         open_store(f"s3://id:{KEYS['AWS_SECRET_ACCESS_KEY']}@{BUCKET}/x")
     assert KEYS["AWS_SECRET_ACCESS_KEY"] not in str(raised.value)
@@ -370,6 +372,52 @@ def test_another_machine_goes_on_where_all_processes_of_a_step_were(
     assert _left(other) == []
 
 
+def test_with_another_number_of_processes_the_last_checkpoint_counts(
+    url: str, elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_checkpoints, "_SECONDS", 3600.0)
+
+    def stopped(store: SharedStore, size: int, step: int) -> None:
+        def work(_: Path) -> None:
+            for rank in range(1, size + 1):
+                folder = store.work_folder("merge", "f1") / f"share-{rank}-of-{size}"
+                folder.mkdir()
+                _checkpoint(folder, step, f"of {size}")
+            raise RuntimeError("the machine is gone")
+
+        with pytest.raises(RuntimeError, match="is gone"):
+            publish(store, make=work)
+
+    store = elsewhere(url, "first")
+    stopped(store, 2, 500)
+    stopped(store, 3, 50)
+    assert {path.split("/")[1] for path in _left(store)} == {"checkpoint-00000050"}
+    other, seen = elsewhere(url), []
+
+    def goes_on(folder: Path) -> None:
+        work = other.work_folder("merge", "f1")
+        seen.extend(file.relative_to(work).as_posix() for file in work.glob("share-*/*"))
+        build(folder)
+
+    publish(other, make=goes_on)
+    assert sorted(seen) == [f"share-{rank}-of-3/checkpoint-00000050" for rank in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "../x", "/x", "checkpoint-1/../../x"])
+def test_a_checkpoint_of_other_names_is_left_alone(name: str, url: str, elsewhere: Any) -> None:
+    store, kept = elsewhere(url), []
+    place = f"{url}/.checkpoints/merge-f1/checkpoint-00000100"
+    store._objects.pipe_file(f"{place}/files.json", json.dumps({name: "0" * 64}).encode())
+
+    def work(folder: Path) -> None:
+        kept.extend(store.work_folder("merge", "f1").iterdir())
+        build(folder)
+
+    _checkpoint(store.work_folder("merge", "f1"), 50, "fifty")
+    publish(store, make=work)
+    assert [path.name for path in kept] == ["checkpoint-00000050"]
+
+
 def test_who_needs_a_connector_copies_no_backbone(url: str, elsewhere: Any) -> None:
     def fill(folder: Path) -> None:
         build(folder)
@@ -386,6 +434,10 @@ def test_who_needs_a_connector_copies_no_backbone(url: str, elsewhere: Any) -> N
     found = store.find_files("merge", "f1", "connector-")
     assert (found.folder / "connector-image.json").read_text() == "{}", "copied again"
     assert store.find_files("merge", "f2", "connector-") is None
+    store._objects.rm(f"{url}/merge/f1", recursive=True)
+    assert store.find_files("merge", "f1", "connector-") is None, "it is to be made anew"
+    publish(elsewhere(url, "first"), make=fill)
+    store = elsewhere(url)
     whole = store.find("merge", "f1")
     assert (whole.folder / "model.safetensors").exists()
     assert store.find_files("merge", "f1", "connector-").folder == whole.folder

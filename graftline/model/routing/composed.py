@@ -14,15 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from graftline.errors import GraftlineError
+from graftline.merging.checkpoints import open_checkpoint
 from graftline.model.loading import LoadedModel
 from graftline.model.routing.adapters import read_adapters
 from graftline.model.routing.layers import routable_parameters, route_backbone
 from graftline.model.routing.model import RoutedModel
 from graftline.model.routing.router import TEXT
 from graftline.model.routing.weights import DenseWeight, MaskedWeight, Weight
-
-_WEIGHTS = "model.safetensors"
-
 
 Text = Literal["merged", "modality"]
 """What text and generated tokens meet: the backbone's own weights, or the modality's.
@@ -122,19 +120,23 @@ def _place(composed: Path, modality: str) -> int:
     # A composition of whole models says whose expert serves several modalities.
     places = found if isinstance(found, dict) else {name: n for n, name in enumerate(found)}
     if modality not in places:
-        known = ", ".join(places)
+        known = list(places)
         raise GraftlineError(f"{composed}: holds no expert for {modality} (it has: {known}).")
     return int(places[modality])
 
 
 def _weights(folder: Path, names: list[str], loaded: LoadedModel) -> dict[str, Tensor]:
-    path = folder / _WEIGHTS
-    with safe_open(path, framework="pt") as file:
-        missing = sorted(set(names) - set(file.keys()))
-        if missing:
-            raise GraftlineError(f"{path}: {missing[0]} is missing ({len(missing)} such).")
-        like = next(loaded.model.backbone.parameters())
-        return {name: file.get_tensor(name).to(like.device, like.dtype) for name in names}
+    entries = open_checkpoint(folder).entries
+    missing = sorted(set(names) - entries.keys())
+    if missing:
+        raise GraftlineError(f"{folder}: {missing[0]} is missing ({len(missing)} such).")
+    like = next(loaded.model.backbone.parameters())
+    found: dict[str, Tensor] = {}
+    for shard in sorted({entries[name].file for name in names}):
+        with safe_open(shard, framework="pt") as file:
+            for name in (name for name in names if entries[name].file == shard):
+                found[name] = file.get_tensor(name).to(like.device, like.dtype)
+    return found
 
 
 def _routed(

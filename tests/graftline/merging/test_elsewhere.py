@@ -120,7 +120,7 @@ def test_what_changes_while_it_is_merged_is_refused(
         return read(self, start, count)
 
     monkeypatch.setattr(RangedObject, "read", changing)
-    with pytest.raises(GraftlineError, match=f"{there['one']}: changed while it was merged"):
+    with pytest.raises(GraftlineError, match=f"{there['one']}/model.safetensors: changed"):
         _merge("average", there, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
