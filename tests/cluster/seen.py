@@ -31,8 +31,13 @@ def asked(lab: Lab, path: str, body: dict[str, Any] | None = None) -> Any:
 
 
 def runs_in(lab: Lab, *states: str) -> list[dict[str, Any]]:
-    wanted = {"flow_runs": {"state": {"type": {"any_": list(states)}}}}
-    return list(asked(lab, "flow_runs/filter", wanted))
+    found: list[dict[str, Any]] = []
+    while True:
+        wanted = {"flow_runs": {"state": {"type": {"any_": list(states)}}}, "offset": len(found)}
+        page = asked(lab, "flow_runs/filter", {**wanted, "limit": 200, "sort": "ID_DESC"})
+        found += page
+        if len(page) < 200:
+            return found
 
 
 def slots_taken(lab: Lab) -> int:
