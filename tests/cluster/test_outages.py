@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
 from tests.cluster.conftest import Lab, Machine
-from tests.cluster.seen import ON_WORKERS, computed_by, runs_in, wait_for_free_slots
+from tests.cluster.seen import ON_WORKERS, runs_in, wait_for_free_slots
 from tests.flows.conftest import TIMES
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 AWAY_SECONDS = 30.0
 SERVERS = ("prefect", "mlflow", "postgres", "store")
-STEPS = 800
-"""A fine-tuning long enough to see servers go and come back."""
+STEPS = 400
+"""A fine-tuning long enough to see a server go and come back."""
 
 
 def recipe(seed: int) -> list[str]:
@@ -49,55 +48,42 @@ def _is_time(metric: str) -> bool:
     return metric in TIMES or "second" in metric or "bytes" in metric
 
 
-def is_fine_tuning(lab: Lab, workers: Mapping[str, subprocess.Popen[bytes]]) -> bool:
-    """Whether a worker is in the middle of a fine-tuning: it has left a checkpoint."""
+def fine_tuning_has_begun(lab: Lab, one_of: set[str]) -> bool:
     return any(
-        list(
-            lab.folder.glob(f"{name}-home/store/*/.work/{artifact.replace('/', '-')}/checkpoint-*")
-        )
-        for name, worker in workers.items()
-        for artifact in computed_by(lab, name, worker)
-        if artifact.startswith("fine-tune/")
+        list(lab.folder.glob(f"{name}-home/store/*/.work/fine-tune-*/checkpoint-*"))
+        for name in one_of
     )
 
 
-def wait_for_fine_tuning(
-    lab: Lab, workers: Mapping[str, subprocess.Popen[bytes]], process: subprocess.Popen[str]
-) -> bool:
-    """Says whether a fine-tuning goes on before the run ends."""
-    deadline = time.monotonic() + 300
-    while not is_fine_tuning(lab, workers):
-        if process.poll() is not None:
-            return False
+@pytest.fixture
+def workers(lab: Lab) -> Iterator[set[str]]:
+    with lab.worker("one"), lab.worker("two"):
+        yield {"one", "two"}
+
+
+@pytest.mark.parametrize(("seed", "name"), list(enumerate(SERVERS, 10)), ids=SERVERS)
+def test_a_server_that_is_away_costs_nothing(
+    lab: Lab, alone: Machine, workers: set[str], seed: int, name: str
+) -> None:
+    laptop, server = lab.machine("laptop"), lab.servers[name]
+    process = laptop.start(*recipe(seed), *ON_WORKERS)
+    deadline = time.monotonic() + 200
+    while not fine_tuning_has_begun(lab, workers):
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "no worker starts the fine-tuning"
         time.sleep(0.2)
-    return True
-
-
-def test_a_server_that_is_away_costs_nothing(lab: Lab, alone: Machine) -> None:
-    laptop, waiting, seeds = lab.machine("laptop"), list(SERVERS), []
-    with lab.worker("one") as one, lab.worker("two") as two:
-        while waiting:
-            seeds.append(10 + len(seeds))
-            process = laptop.start(*recipe(seeds[-1]), *ON_WORKERS)
-            alike = alone.start(*recipe(seeds[-1]))
-            away = []
-            while waiting and wait_for_fine_tuning(lab, {"one": one, "two": two}, process):
-                away.append(waiting.pop(0))
-                server = lab.servers[away[-1]]
-                server.stop()
-                time.sleep(AWAY_SECONDS)
-                server.start()
-            for each in (process, alike):
-                text, _ = each.communicate(timeout=500)
-                assert each.returncode == 0, f"{away}: {text}"
-            assert away, "the fine-tuning was over before a server could be stopped"
-        wait_for_free_slots(lab)
-    for seed in seeds:
-        path = f"finetune/order-image/seed-{seed}"
-        assert laptop.metrics(path) == alone.metrics(path), seed
-        called = f"finetune seed {seed}, image"
-        told = points(lab.environment["MLFLOW_TRACKING_URI"], called)
-        expected: dict[Any, Any] = points(f"sqlite:///{alone.folder}/mlruns/mlflow.db", called)
-        assert told == expected, seed
+    server.stop()
+    time.sleep(AWAY_SECONDS)
+    server.start()
+    code, text = alone.run(*recipe(seed))
+    assert code == 0, text
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text
+    path = f"finetune/order-image/seed-{seed}"
+    assert laptop.metrics(path) == alone.metrics(path)
+    called = f"finetune seed {seed}, image"
+    told = points(lab.environment["MLFLOW_TRACKING_URI"], called)
+    expected: dict[Any, Any] = points(f"sqlite:///{alone.folder}/mlruns/mlflow.db", called)
+    assert told == expected
+    wait_for_free_slots(lab)
     assert runs_in(lab, "RUNNING", "PENDING", "SCHEDULED") == []
