@@ -126,14 +126,7 @@ def publish_part(step: Step, whole: Path, part: int, store: Store) -> None:
             own = pa.Table.from_pylist([table[row] for row in chosen])
             pq.write_table(own, target / ROWS)
 
-    store.publish(
-        step.kind,
-        step.reference.fingerprint,
-        parameters=dict(step.parameters),
-        parents={},
-        code=step.code,
-        build=build,
-    )
+    step.publish(store, build)
 
 
 def grown(recipe: Recipe, features: dict[str, Path], store: Store) -> list[dict[str, object]]:

@@ -110,15 +110,7 @@ def take_in(folder: Path, store: Store) -> Reference:
         for file in sorted((folder / "connectors").iterdir()):
             shutil.copyfile(file, out / file.name)
 
-    fingerprint = step.reference.fingerprint
-    store.publish(
-        step.kind,
-        fingerprint,
-        parameters=dict(step.parameters),
-        parents={},
-        code=step.code,
-        build=build,
-    )
+    step.publish(store, build)
     return step.reference
 
 

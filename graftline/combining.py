@@ -188,11 +188,7 @@ def _described(
 ) -> Description:
     order = tuple(name for member in members for name in member.modalities)
     first = members[0].description
-    encoders = {
-        name: _placed(member.description.encoders[name], name, member.own_encoder(name))
-        for member in members
-        for name in member.modalities
-    }
+    encoders = {name: _placed(member, name) for member in members for name in member.modalities}
     return Description(
         recipe=" + ".join(each.description.recipe for each in members),
         method=rule,
@@ -216,14 +212,12 @@ def _described(
     )
 
 
-def _placed(encoder: EncoderDescription, name: str, own: Path | None) -> EncoderDescription:
+def _placed(member: _Member, modality: str) -> EncoderDescription:
     """An encoder as the new model records it; one that a model holds itself has a folder there."""
-    if own is None or encoder.own is None:
+    encoder = member.description.encoders[modality]
+    if member.own_encoder(modality) is None:
         return encoder
-    inside = {"folder": f"{INSIDE}encoders/{name}"}
-    moved = {key: {**encoder.own[key], **inside} for key in ("settings", "weights")}
-    update = {"name": "transformers:encoder", "own": {**encoder.own, **moved}}
-    return encoder.model_copy(update=update)
+    return encoder.moved(f"{INSIDE}encoders/{modality}", "transformers:encoder")
 
 
 def _copy_parts(members: Sequence[_Member], out: Path) -> None:

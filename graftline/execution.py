@@ -71,8 +71,8 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
                 f"the store; run the whole recipe."
             )
         parents[role] = artifact
-    if step.kind == "features" and (rows := rows_of(step, store, machine)):
-        parents["rows"] = rows
+    if step.kind == "features" and "rows" not in parents:
+        parents |= rows_of(step, store, machine)
 
     def build(out: Path) -> None:
         started = time.monotonic()
@@ -84,14 +84,7 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
         run(Work(step, parents, machine, folder, out))
         _record_seconds(out / TIMING, time.monotonic() - started)
 
-    return store.publish(
-        step.kind,
-        fingerprint,
-        parameters=dict(step.parameters),
-        parents={role: parent.fingerprint for role, parent in step.parents.items()},
-        code=step.code,
-        build=build,
-    )
+    return step.publish(store, build)
 
 
 def _found(store: Store, role: str, parent: Reference) -> Artifact | None:

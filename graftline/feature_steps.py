@@ -58,7 +58,7 @@ def encode_share(step: Step, store: Store, machine: Machine, number: int) -> Non
     count, fingerprint = machine.feature_shares, step.reference.fingerprint
     if store.holds(step.kind, fingerprint):
         return
-    parents = {"rows": rows} if (rows := rows_of(step, store, machine)) else {}
+    parents = rows_of(step, store, machine)
     name = share_name(number, count)
     with store.share(step.kind, fingerprint, name) as to_do:
         if to_do:
@@ -86,18 +86,11 @@ def publish_rows(step: Step, store: Store, machine: Machine) -> None:
         if changed := _changed(step, out):
             _refuse(machine.data_folder, changed)
 
-    store.publish(
-        rows.kind,
-        rows.reference.fingerprint,
-        parameters=rows.parameters,
-        parents={},
-        code=rows.code,
-        build=build,
-    )
+    rows.publish(store, build)
 
 
-def rows_of(step: Step, store: Store, machine: Machine) -> Artifact | None:
-    """The rows of a step that lie in the store; None if this machine's data folder has them.
+def rows_of(step: Step, store: Store, machine: Machine) -> dict[str, Artifact]:
+    """The parent `rows` of a step in the store; none if this machine's data folder has them.
 
     Raises:
         GraftlineError: they are in neither.
@@ -106,7 +99,7 @@ def rows_of(step: Step, store: Store, machine: Machine) -> Artifact | None:
     imported = step.parents.get("rows")
     changed = [] if imported else _changed(step, folder)
     if not imported and not changed:
-        return None
+        return {}
     reference = imported or _rows_step(step).reference
     found = store.find(reference.kind, reference.fingerprint)
     if found is None and folder.is_dir() and not imported:
@@ -116,7 +109,7 @@ def rows_of(step: Step, store: Store, machine: Machine) -> Artifact | None:
             f"{step.label}: its rows are neither in {machine.data_folder} on this machine nor in "
             "the store; run the recipe again where the data are"
         )
-    return found
+    return {"rows": found}
 
 
 def _rows_step(step: Step) -> Step:

@@ -153,14 +153,7 @@ def _publish(request: Request, store: Store, folder: Path, found: Imported) -> O
         for split in SPLITS:
             shutil.move(folder / f"{split}.parquet", out / f"{split}.parquet")
 
-    store.publish(
-        step.kind,
-        step.reference.fingerprint,
-        parameters=step.parameters,
-        parents={},
-        code=step.code,
-        build=build,
-    )
+    step.publish(store, build)
     atomic_write_text(_record(store, found.identity), json.dumps(asdict(rows), ensure_ascii=False))
     return rows
 

@@ -7,8 +7,9 @@ computing anything, and two methods that share a step share its artifact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from graftline.encoders import describe_encoder, encoder_code
@@ -18,6 +19,7 @@ from graftline.model.connector_kinds import connector_parameters
 from graftline.model.own_backbone import backbone_parameters
 from graftline.recipe import LoraSettings, PhaseSettings, Recipe, RivalName
 from graftline.step_code import code_digest, source_digest
+from graftline.store import Artifact, Store
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,17 @@ class Step:
             code=self.code,
         )
         return Reference(self.kind, fingerprint)
+
+    def publish(self, store: Store, build: Callable[[Path], None]) -> Artifact:
+        """Has a store build this step's artifact, unless it is there; see `Store.publish`."""
+        return store.publish(
+            self.kind,
+            self.reference.fingerprint,
+            parameters=dict(self.parameters),
+            parents={role: parent.fingerprint for role, parent in self.parents.items()},
+            code=self.code,
+            build=build,
+        )
 
 
 @dataclass(frozen=True)

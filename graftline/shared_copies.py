@@ -1,10 +1,9 @@
-"""What concerns copies of a shared store: how much room they take, and how they are named."""
+"""How much room this machine's copies of a shared store take, and which of them go."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,11 +59,6 @@ class Room:
     def _copy_of(self, mark: Path) -> Path:
         kind, _, fingerprint = mark.name.rpartition("-")
         return self._root / kind / fingerprint
-
-
-def holds_credentials(place: str) -> bool:
-    """Whether a URL's part behind `://` says who asks: `id:secret@bucket/prefix`."""
-    return "@" in place.partition("/")[0] or re.search(":.*@", place) is not None
 
 
 @contextmanager

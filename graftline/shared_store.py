@@ -26,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from graftline import durable
+from graftline import durable, object_urls
 from graftline.errors import GraftlineError
 from graftline.manifest import (
     MANIFEST,
@@ -36,15 +36,14 @@ from graftline.manifest import (
     require_owner,
     verify_folder,
 )
+from graftline.object_urls import short
 from graftline.shared_checkpoints import SharedCheckpoints
 from graftline.shared_claims import SharedClaim
-from graftline.shared_copies import Room, holds_credentials
+from graftline.shared_copies import Room
 from graftline.store import Artifact, Store
 
 CACHE_VARIABLE = "GRAFTLINE_STORE_CACHE"
 _DEFAULT_CACHE = "~/.cache/graftline/stores"
-# Its writes appear whole or not at all, which a plain folder's do not; others were not tried.
-_PROTOCOLS = ("s3", "s3a")
 _LARGE = ".safetensors"
 
 _log = logging.getLogger("graftline.store")
@@ -88,12 +87,12 @@ class SharedStore(Store):
     def __init__(self, url: str, verify: Literal["quick", "full"] = "full") -> None:
         self.url = url.rstrip("/")
         protocol, _, rest = self.url.partition("://")
-        if protocol not in _PROTOCOLS:
+        if protocol not in object_urls.PROTOCOLS:
             raise GraftlineError(
                 f"{url}: the artifact store cannot be there; name a local folder, or a URL with"
-                f" {', '.join(_PROTOCOLS)}."
+                f" {', '.join(object_urls.PROTOCOLS)}."
             )
-        if holds_credentials(rest):
+        if object_urls.holds_credentials(self.url):
             raise GraftlineError(
                 f"{protocol}://...: the store's URL holds credentials; give them by the"
                 " environment, where no log and no recipe shows them."
@@ -106,15 +105,8 @@ class SharedStore(Store):
 
     @cached_property
     def _objects(self) -> Any:
-        """The `fsspec` file system; it remembers no listings, for other machines write, too."""
-        import fsspec
-
-        try:
-            return fsspec.core.url_to_fs(self.url, use_listings_cache=False)[0]
-        except ImportError as error:
-            raise GraftlineError(
-                f"{self.url}: {error}. For s3:// install the extra: pip install 'graftline[s3]'"
-            ) from error
+        """The `fsspec` file system, opened when it is first wanted."""
+        return object_urls.opened(self.url)[0]
 
     def location(self, kind: str, fingerprint: str) -> str:
         """The URL below which an artifact's objects lie or would lie."""
@@ -346,18 +338,18 @@ class SharedStore(Store):
             raise
         except PermissionError as error:
             raise GraftlineError(
-                f"{self.url}: access is denied ({_short(error)}). Check the credentials in the"
+                f"{self.url}: access is denied ({short(error)}). Check the credentials in the"
                 " environment and their rights to list, read and write there."
             ) from error
         except FileNotFoundError as error:
             raise GraftlineError(
-                f"{self.url}: {_short(error)} is not there. Make the bucket first; if it is there,"
+                f"{self.url}: {short(error)} is not there. Make the bucket first; if it is there,"
                 " somebody deletes below it: run again."
             ) from error
         except Exception as error:  # `fsspec`'s file systems pass their clients' own errors on
             raise StoreUnreachable(
                 f"{self.url}: does not answer as it should ({type(error).__name__}:"
-                f" {_short(error)}). Finished steps are kept; run again when it does."
+                f" {short(error)}). Finished steps are kept; run again when it does."
             ) from error
 
 
@@ -369,7 +361,3 @@ def _is_whole(folder: Path, published: _Published, names: list[str]) -> bool:
         )
     except OSError:
         return False
-
-
-def _short(error: BaseException) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

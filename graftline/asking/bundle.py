@@ -84,12 +84,14 @@ class EncoderDescription(_Described):
         weights = (self.own or {}).get("weights", {})
         if not str(weights.get("folder", "")).startswith(INSIDE):
             return self
-        assert self.own is not None
         folder = str((bundle / weights["folder"]).resolve())
-        moved = {key: {**self.own[key], "folder": folder} for key in ("settings", "weights")}
-        return self.model_copy(
-            update={"name": f"transformers:{folder}", "own": {**self.own, **moved}}
-        )
+        return self.moved(folder, f"transformers:{folder}")
+
+    def moved(self, folder: str, name: str) -> EncoderDescription:
+        """The same, with its weights in another folder."""
+        own = self.own or {}
+        there = {key: {**own[key], "folder": folder} for key in ("settings", "weights")}
+        return self.model_copy(update={"name": name, "own": {**own, **there}})
 
 
 class Description(_Described):

@@ -7,7 +7,6 @@ needs either.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from graftline.encoders.arrays import pooled
-from graftline.encoders.towers import FRAMES, evenly
+from graftline.encoders.towers import FRAMES, attempt, check_axes, evenly
 from graftline.errors import GraftlineError
 from graftline.model_settings import TimmEncoder
 
@@ -73,13 +72,7 @@ class TimmModel:
         Raises:
             GraftlineError: a medium has other axes.
         """
-        axes = 4 if self._frames else 3
-        for number, values in enumerate(media):
-            if values.ndim != axes or 0 in values.shape:
-                raise GraftlineError(
-                    f"medium {number} of the batch has the shape {values.shape}; {self.name} takes "
-                    f"{axes} axes"
-                )
+        check_axes(media, "video" if self._frames else "image", self.name)
         videos = (evenly(video, self._frames) for video in media)
         pictures = [frame for video in videos for frame in video] if self._frames else list(media)
         found = [
@@ -140,12 +133,9 @@ def _load(folder: Path, called: str) -> tuple[Any, Any]:
         raise GraftlineError(problem)
     timm = importlib.import_module("timm")
     data = importlib.import_module("timm.data")
-    try:
-        given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        given["architecture"]
-        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
-    except Exception as error:  # timm raises errors of many kinds
-        text = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise GraftlineError(f"{called}: cannot be read as a timm model ({text})") from error
+    model = attempt(
+        lambda: timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0),
+        f"{called}: cannot be read as a timm model",
+    )
     prepare = data.create_transform(**data.resolve_data_config({}, model=model))
     return model.eval().requires_grad_(False), prepare

@@ -105,13 +105,7 @@ class TransformersTower:
 
     @torch.no_grad()
     def _features(self, media: Sequence[np.ndarray]) -> Tensor:
-        axes = {"image": 3, "video": 4, "audio": 1}[self._media]
-        for number, values in enumerate(media):
-            if values.ndim != axes or 0 in values.shape:
-                raise GraftlineError(
-                    f"medium {number} of the batch has the shape {values.shape}; {self.name} takes "
-                    f"{self._media} with {axes} axes"
-                )
+        check_axes(media, self._media, self.name)
         prepare = {"image": self._pictures, "video": self._videos, "audio": self._sounds}
         name, inputs, parts = prepare[self._media](media)
         output = self._tower(**{name: inputs.to(self._device)}, output_hidden_states=True)
@@ -182,6 +176,21 @@ class TransformersTower:
         return np.zeros((64, 64, 3) if self._media == "image" else (2, 64, 64, 3), np.uint8)
 
 
+def check_axes(media: Sequence[np.ndarray], kind: str, called: str) -> None:
+    """Refuses media that are empty or have other axes than their kind.
+
+    Raises:
+        GraftlineError: names the medium's place in the batch and its shape.
+    """
+    axes = {"image": 3, "video": 4, "audio": 1}[kind]
+    for number, values in enumerate(media):
+        if values.ndim != axes or 0 in values.shape:
+            raise GraftlineError(
+                f"medium {number} of the batch has the shape {values.shape}; {called} takes "
+                f"{kind} with {axes} axes"
+            )
+
+
 def evenly(video: np.ndarray, count: int) -> np.ndarray:
     """`count` frames of a video, evenly spread from the first to the last; short ones repeat."""
     chosen: np.ndarray = video[np.linspace(0, len(video) - 1, count).round().astype(int)]
@@ -226,7 +235,7 @@ def _load_tower(folder: Path, media: str, code: bool, called: str) -> Any:
         from transformers import AutoModel
 
         auto: Any = AutoModel
-        model, information = _attempt(
+        model, information = attempt(
             lambda: auto.from_pretrained(
                 str(folder),
                 dtype=torch.float32,
@@ -283,14 +292,16 @@ def _load_processor(folder: Path, media: str, code: bool, called: str) -> Any:
         else:
             loader = transformers.AutoImageProcessor
             options["backend"] = "pil"
-        return _attempt(
+        return attempt(
             lambda: loader.from_pretrained(str(folder), **options),
             f"{called}: how its media are prepared cannot be read (preprocessor_config.json)",
         )
 
 
-def _attempt(load: Callable[[], Any], complaint: str) -> Any:
+def attempt(load: Callable[[], Any], complaint: str) -> Any:
+    """What `load` gives; a library's own errors, of many kinds, become one with the complaint."""
     try:
         return load()
-    except Exception as error:  # `transformers` raises errors of many kinds
-        raise GraftlineError(f"{complaint} ({str(error).strip().splitlines()[0]})") from error
+    except Exception as error:
+        text = str(error).strip().splitlines() or [repr(error)]
+        raise GraftlineError(f"{complaint} ({text[0]})") from error

@@ -15,10 +15,9 @@ from typing import Any, TypeVar
 
 from graftline.errors import GraftlineError
 from graftline.merging.companions import WEIGHTS
-from graftline.shared_copies import holds_credentials
+from graftline.object_urls import PROTOCOLS, holds_credentials, opened, short
 from graftline.weight_files import Origin
 
-_PROTOCOLS = ("s3", "s3a")
 _OURS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 """Faults of this machine's disk."""
 _Found = TypeVar("_Found")
@@ -80,18 +79,13 @@ def fetch_checkpoint(url: str, folder: Path, *, whole: bool = False) -> dict[str
         GraftlineError: the URL cannot be read, or holds credentials.
     """
     url = url.rstrip("/")
-    protocol, _, place = url.partition("://")
-    if protocol not in _PROTOCOLS or holds_credentials(place):
+    protocol = url.partition("://")[0]
+    if protocol not in PROTOCOLS or holds_credentials(url):
         raise GraftlineError(
             f"{protocol}://...: name a folder, or s3://bucket/prefix with its credentials in the "
             "environment"
         )
-    try:
-        import fsspec
-
-        objects, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except ImportError as error:
-        raise GraftlineError(f"{url}: {error}. pip install 'graftline[s3]'") from error
+    objects, path = opened(url)
     listed = _reached(url, partial(objects.ls, path, detail=True))
     files = {Path(each["name"]).name: each for each in listed if each["type"] == "file"}
     if not files:
@@ -115,8 +109,7 @@ def _reached(url: str, action: Callable[[], _Found]) -> _Found:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _OURS:
             raise
-        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise GraftlineError(
-            f"{url}: cannot be read ({text}). Look at its name, and at the address and the "
+            f"{url}: cannot be read ({short(error)}). Look at its name, and at the address and the "
             "credentials in the environment."
         ) from error
