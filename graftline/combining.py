@@ -1,7 +1,8 @@
 """Several finished models of one base become one: their backbones composed, their connectors kept.
 
 By a rule with a mask an expert (MMER, arXiv 2505.17110; EMR) media meet what their own model has
-learned, and text meets the merged weights; by any other rule there is one backbone for all.
+learned, and so does the text beside media of one modality; text beside media of several, or none,
+meets the merged weights. By any other rule there is one backbone for all.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ def _described(
         precision=first.precision,
         attention="auto",
         system_prompt=first.system_prompt,
-        text="merged",
+        text="modality",
         kinds={k: v for each in members for k, v in each.description.kinds.items()},
         max_new_tokens=max(each.description.max_new_tokens for each in members),
     )

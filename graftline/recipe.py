@@ -156,9 +156,10 @@ class ComposeSettings(Part):
         "linear layer (LoRA experts kept apart); whole experts if left out",
     )
     text: Literal["merged", "modality"] = Field(
-        "merged",
-        description="what text and answers meet where media are routed: the merged weights, or "
-        "those of the prompt's own modality (for prompts with media of one modality)",
+        "modality",
+        description="what text and answers meet where media are routed: the weights of the "
+        "prompt's own modality where it shows media of one, else the merged weights; or always "
+        "the merged weights",
     )
 
 

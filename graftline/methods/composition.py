@@ -18,7 +18,8 @@ def composition(rule: str) -> Callable[[Planner, Sequence[str]], list[Stage]]:
     """The method that combines the experts by a rule: one stage, at whose end all are there.
 
     With a rule that keeps a mask an expert (`mmer`, `emr`, `consensus`), each modality's tokens
-    meet their own decoupled weights; text meets the merged ones.
+    meet their own decoupled weights; text meets those of the prompt's one modality, and the merged
+    ones where there are several, or none (`compose.text`).
     """
 
     def compose(planner: Planner, experts: Mapping[str, Model]) -> Model:

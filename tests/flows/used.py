@@ -28,8 +28,8 @@ ENDINGS = {"image": "png", "audio": "wav", "video": "png", "point_cloud": "ply"}
 QUIET = Console(quiet=True)
 EXPORTED = {
     "mera": {},
-    "mmer": {"method": "mmer", "compose.text": "modality"},
-    "route": {"method": "route"},
+    "mmer": {"method": "mmer"},
+    "route": {"method": "route", "compose.text": "merged"},
     "adapters": {"method": "route", "compose.rank": 4},
 }
 APART = EXPORTED["mmer"]

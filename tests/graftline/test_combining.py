@@ -69,6 +69,7 @@ def test_mmer_gives_each_medium_what_its_own_model_learned(made: Path, tmp_path:
     (tmp_path / "made").rename(tmp_path / "both")  # encoders are found from the model's own folder
     described = read_description(tmp_path / "both")
     assert (described.method, described.order) == ("mmer", ("image", "audio"))
+    assert described.text == "modality", "beside a picture alone, text is the pictures' model's"
     parts = read_bundle(tmp_path / "both")
     assert load_parts(parts).model.modality_numbers.keys() == {"image", "audio"}
     places = json.loads((tmp_path / "both/experts.json").read_text())
