@@ -41,7 +41,7 @@ from graftline.team import current
 from graftline.together import TOGETHER, carry_out_together
 from graftline.training import phases
 from graftline.training.resampling import align_resampler
-from graftline.work import Machine, Work, call_of, load, phase_settings
+from graftline.work import Machine, Work, call_of, load, phase_settings, realign_settings
 
 TIMING = "timing.json"
 
@@ -139,7 +139,7 @@ def _realign(work: Work) -> None:
     connector = work.role("connector")[modality]
     phases.realign(
         call_of(work),
-        phase_settings(parameters),
+        realign_settings(work),
         modality,
         connector,
         parameters["fraction"],

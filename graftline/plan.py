@@ -370,7 +370,7 @@ class Planner:
         }
 
     def _training(self, settings: PhaseSettings) -> dict[str, Any]:
-        chosen = settings.model_dump()
+        chosen = settings.model_dump(exclude_none=True)
         del chosen["checkpoint_every"]
         return {**chosen, "seed": self.recipe.seed, **self._numerics()}
 

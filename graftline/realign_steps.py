@@ -21,7 +21,7 @@ from graftline.realignment.statistics import (
 )
 from graftline.realignment.weighted_merge import merge_weighted
 from graftline.training import phases
-from graftline.work import Work, call_of, open_backbone, phase_settings
+from graftline.work import Work, call_of, open_backbone, phase_settings, realign_settings
 
 
 def weighted_merge(work: Work) -> None:
@@ -101,7 +101,7 @@ def realign_masked(work: Work) -> None:
     decouple(call.backbone[0], work.parents["backbone"].folder, base, modality)
     phases.realign(
         call,
-        phase_settings(parameters),
+        realign_settings(work),
         modality,
         work.role("connector")[modality],
         parameters["fraction"],

@@ -94,6 +94,12 @@ class RealignSettings(PhaseSettings):
         description="output: its last layer alone, which a small replay overfits less; all: as in "
         "the paper",
     )
+    passes: float | None = Field(
+        None,
+        gt=0.0,
+        description="most passes over the replay: `steps` are cut where few rows were kept, which "
+        "would be learned by heart",
+    )
 
 
 class FineTuneSettings(PhaseSettings):
