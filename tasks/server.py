@@ -7,6 +7,7 @@ with its parent.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import socket
@@ -24,6 +25,8 @@ HOME = Path(".prefect")
 UI_PORT = 4200
 """Where `graftline ui` serves Prefect's pages unless told otherwise."""
 _START_SECONDS = 90.0
+_ANSWER_SECONDS = 60.0
+_log = logging.getLogger(__name__)
 _QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
@@ -107,11 +110,13 @@ class Server:
         """Returns the API's URL when the server serves.
 
         Raises:
-            GraftlineError: the server does not start.
+            GraftlineError: the server does not start, or the user's does not answer for a minute.
         """
         if self._child is not None and self._line() != "ready":
             raise GraftlineError(self._failure())
         assert self.url is not None
+        if not self.own:
+            _wait_for(self.url)
         return self.url
 
     def _line(self) -> str:
@@ -133,6 +138,32 @@ class Server:
             f"`{Path(sys.executable).name} -m tasks.server {self.port}`; or start one yourself "
             "with `prefect server start` and set PREFECT_API_URL."
         )
+
+
+def _wait_for(url: str) -> None:
+    """Waits until the user's server answers: one that is just restarted fails no run.
+
+    A client of Prefect's own that has never had an answer fails at its first question.
+    """
+    import httpx
+
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    told = False
+    while True:
+        try:
+            if httpx.get(f"{url.rstrip('/')}/health", timeout=5.0).status_code < 500:
+                return
+        except httpx.TransportError:
+            pass
+        if time.monotonic() > deadline:
+            raise GraftlineError(
+                f"Prefect's server at {url} does not answer. Start it, or unset PREFECT_API_URL "
+                "(or the URL of the active Prefect profile) to have a run start one of its own."
+            )
+        if not told:
+            _log.warning("Prefect's server at %s does not answer; asking again for a minute", url)
+            told = True
+        time.sleep(1.0)
 
 
 def _serve(port: int, with_ui: bool) -> None:

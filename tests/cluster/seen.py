@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from tests.cluster.conftest import Lab
@@ -101,6 +102,14 @@ def sent_steps(lab: Lab, flow_run: str) -> str:
     """Which steps a flow run carries out: the same for a run that was sent again."""
     parameters = asked(lab, f"flow_runs/{flow_run}")["parameters"]
     return f"{parameters.get('references')} {parameters.get('share')}"
+
+
+def checkpoints(lab: Lab, *names: str) -> set[Path]:
+    """What fine-tunings have left on some machines, those of killed machines' former lives, too."""
+    found = (
+        lab.folder.glob(f"{name}-home/store/*/.work/fine-tune-*/checkpoint-*") for name in names
+    )
+    return {path for each in found for path in each}
 
 
 def computed_by(lab: Lab, name: str, worker: subprocess.Popen[bytes]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from tests.cluster.conftest import PASSWORD, Lab, Machine, kill_group
 from tests.cluster.seen import (
     ON_WORKERS,
     asked,
+    checkpoints,
     published,
     runs_in,
     slots_taken,
@@ -58,6 +59,7 @@ def _shares(lab: Lab) -> int:
 
 def test_the_work_of_a_machine_that_dies_goes_to_another(lab: Lab) -> None:
     laptop, crashed = lab.machine("laptop"), len(runs_in(lab, "CRASHED"))
+    former = checkpoints(lab, "one", "two")
     with lab.worker("one") as one, lab.worker("two") as two:
         process = laptop.start(
             "run", "params/tiny.yaml", "--method", "finetune", "--seed", "1", *ON_WORKERS,
@@ -69,7 +71,7 @@ def test_the_work_of_a_machine_that_dies_goes_to_another(lab: Lab) -> None:
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline, "no worker starts the fine-tuning"
             time.sleep(0.2)
-            busy = next((w for w in (one, two) if _trains(lab, w.pid)), None)
+            busy = next((w for w in (one, two) if _trains(lab, w.pid, former)), None)
         kill_group(busy)
         text, _ = process.communicate(timeout=500)
         assert process.returncode == 0, text
@@ -80,8 +82,8 @@ def test_the_work_of_a_machine_that_dies_goes_to_another(lab: Lab) -> None:
         assert len(runs_in(lab, "CRASHED")) == crashed + 1
 
 
-def _trains(lab: Lab, leader: int) -> bool:
-    """Whether a process of a worker's group has begun to leave checkpoints."""
+def _trains(lab: Lab, leader: int, former: set[Path]) -> bool:
+    """Whether a process of a worker's group has begun to leave checkpoints beside former ones."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if (
@@ -89,9 +91,7 @@ def _trains(lab: Lab, leader: int) -> bool:
                 and b"prefect.engine" in (entry / "cmdline").read_bytes()
             ):
                 home = Path((entry / "cwd").resolve()).name
-                return bool(
-                    list(lab.folder.glob(f"{home}-home/store/*/.work/fine-tune-*/checkpoint-*"))
-                )
+                return bool(checkpoints(lab, home) - former)
         except OSError:
             continue
     return False

@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.cluster.conftest import Lab, Machine
-from tests.cluster.seen import ON_WORKERS, runs_in, wait_for_free_slots
+from tests.cluster.seen import ON_WORKERS, checkpoints, runs_in, wait_for_free_slots
 from tests.flows.conftest import TIMES
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -48,13 +48,6 @@ def _is_time(metric: str) -> bool:
     return metric in TIMES or "second" in metric or "bytes" in metric
 
 
-def fine_tuning_has_begun(lab: Lab, one_of: set[str]) -> bool:
-    return any(
-        list(lab.folder.glob(f"{name}-home/store/*/.work/fine-tune-*/checkpoint-*"))
-        for name in one_of
-    )
-
-
 @pytest.fixture
 def workers(lab: Lab) -> Iterator[set[str]]:
     with lab.worker("one"), lab.worker("two"):
@@ -66,9 +59,10 @@ def test_a_server_that_is_away_costs_nothing(
     lab: Lab, alone: Machine, workers: set[str], seed: int, name: str
 ) -> None:
     laptop, server = lab.machine("laptop"), lab.servers[name]
+    before = checkpoints(lab, *workers)
     process = laptop.start(*recipe(seed), *ON_WORKERS)
     deadline = time.monotonic() + 200
-    while not fine_tuning_has_begun(lab, workers):
+    while checkpoints(lab, *workers) <= before:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "no worker starts the fine-tuning"
         time.sleep(0.2)

@@ -1,0 +1,62 @@
+"""A Prefect server of the user's is waited for, for a while."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from graftline.errors import GraftlineError
+from tasks import server
+
+
+class _Health(BaseHTTPRequestHandler):
+    """Answers as a server whose database is away, then as one that is well."""
+
+    asked: list[str]
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        self.send_response(503 if len(self.asked) < 3 else 200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _configured(port, patch):
+    patch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{port}/api")
+    patch.setattr(server.time, "sleep", lambda seconds: time.monotonic())
+    return server.Server()
+
+
+def test_a_server_that_comes_back_is_waited_for(port, monkeypatch):
+    handler = type("Handler", (_Health,), {"asked": []})
+    http = HTTPServer(("127.0.0.1", port), handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    try:
+        with _configured(port, monkeypatch) as running:
+            assert running.wait() == f"http://127.0.0.1:{port}/api"
+    finally:
+        http.shutdown()
+        http.server_close()
+    assert handler.asked == ["/api/health"] * 3
+
+
+def test_one_that_does_not_is_named(port, monkeypatch):
+    monkeypatch.setattr(server, "_ANSWER_SECONDS", 0.2)
+    with (
+        _configured(port, monkeypatch) as running,
+        pytest.raises(GraftlineError, match=f"127.0.0.1:{port}/api does not answer. Start it"),
+    ):
+        running.wait()
