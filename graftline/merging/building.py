@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,14 @@ class Building:
         self._ill: set[str] = set()
         self._scales: dict[str, list[float]] = {}
         self._known: dict[str, Statistics] = {}
-        self._workers = ThreadPoolExecutor(torch.get_num_threads(), "merge")
+        self._threads = torch.get_num_threads()
+        self._workers = ThreadPoolExecutor(self._threads, "merge", _compute_alone)
 
     def build(self, folder: Path, asked: Mapping[str, Any]) -> None:
         """Fills the folder: weights, companions and index first, the record last."""
         scope = getattr(self._parameters, "scope", None)
         merged = [job for job in self._plan.jobs if job.experts]
-        with self._workers:
+        with self._workers, _threads_as_before(self._threads):
             if scope == "global":
                 self._gather(_EVERYWHERE, merged, "statistics")
             with Writing(folder) as writing:
@@ -262,6 +263,20 @@ class Building:
     def _refuse_the_ill(self) -> None:
         if self._ill:
             raise CannotMergeCheckpoints(sorted(self._ill))
+
+
+def _compute_alone() -> None:
+    """Has torch use no further threads in this one: blocks are larger than its grain."""
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def _threads_as_before(count: int) -> Iterator[None]:
+    """Threads that are begun later get what torch was last told, in whichever thread."""
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def _mask_file(expert: int) -> str:

@@ -19,11 +19,11 @@ from graftline.merging.checkpoints import DTYPES
 from graftline.merging.compatibility import Job
 from graftline.weight_files import Entry
 
-BLOCK = 1 << 15
-"""Elements computed at once: few enough that intermediate results stay in the cache, and that
-torch uses one thread for them (its grain size)."""
+BLOCK = 1 << 16
+"""Elements computed at once: few enough that intermediate results stay in the cache, and so many
+that calls cost little beside them."""
 
-RUN = 8 * BLOCK
+RUN = 4 * BLOCK
 """Elements that one thread computes before it asks for more."""
 
 _BUFFERS = 4  # one being read, one waiting, two in use

@@ -48,6 +48,20 @@ def test_where_torch_rounds_twice():
     assert rounded_once(value, torch.bfloat16).item() == 1 + 2**-7
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("power", [0, -60, -110, 127])
+def test_beside_halves_of_bfloat16(power, sign):
+    """Numbers that float32 cannot tell from halfway between two bf16 values."""
+    step = 2.0 ** (power - 7)
+    halves = np.array([2.0**power + (n + 0.5) * step for n in range(127)])
+    hidden = 2.0**-30 * step
+    values = sign * np.concatenate([halves - hidden, halves, halves + hidden])
+    got = rounded_once(torch.from_numpy(values), torch.bfloat16)
+    assert torch.equal(got, nearest(values, torch.bfloat16))
+    below, even, above = got.abs().double().numpy().reshape(3, -1)
+    assert (above - below == step).all() and ((even == below) ^ (even == above)).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(
     rows=st.lists(st.tuples(*[st.tuples(st.integers(-255, 255), st.integers(-40, 40))] * 3)),
