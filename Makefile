@@ -36,7 +36,7 @@ test-fast: $(STAMP)
 
 # Its servers and workers want the machine for themselves.
 test-cluster: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(TRY)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
