@@ -23,6 +23,7 @@ from filelock import FileLock
 PROMISED = "journal-"
 """How ids begin that the server has not given yet."""
 _RETRY_SECONDS = 15.0
+_POLL_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -96,6 +97,17 @@ class Journal:
                     self._ids[entry["id"]] = made or ""
             self._file.unlink(missing_ok=True)
         _log.info("MLflow answers again: %s call(s) delivered", len(due))
+        return True
+
+    def deliver_within(self, seconds: float) -> bool:
+        """Delivers, asking a server that is away again for so long; says whether nothing is left."""
+        until = time.monotonic() + seconds
+        while not self.deliver():
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            _log.warning("MLflow does not answer; asking again for %.0f s", left)
+            time.sleep(min(_POLL_SECONDS, left))
         return True
 
     def _note(self, operation: str, arguments: Mapping[str, Any]) -> str:

@@ -34,6 +34,8 @@ from tasks.outputs import read_object
 from tasks.references import DataVersion, TrackedRun
 
 FOLDER = Path("mlruns")
+_LAST_SECONDS = 60.0
+"""How long a finished run waits for a server to tell it the end; then the next run does."""
 _children = threading.Lock()
 _child_ids: dict[tuple[str, int], str] = {}
 _parent_tags: dict[str, Mapping[str, str]] = {}
@@ -79,10 +81,10 @@ def _new_run(uri: str, experiment_id: str, tags: Mapping[str, str]) -> str:
     )
 
 
-def deliver() -> bool:
-    """Tells a tracking server what it missed; says whether nothing is left to tell."""
+def deliver(seconds: float = 0.0) -> bool:
+    """Tells a tracking server what it missed, waiting so long for it; says if nothing is left."""
     uri = tracking_uri()
-    return not _is_server(uri) or _journal(uri, FOLDER.absolute()).deliver()
+    return not _is_server(uri) or _journal(uri, FOLDER.absolute()).deliver_within(seconds)
 
 
 def experiment(name: str) -> tuple[str, str]:
@@ -138,7 +140,7 @@ def tracked_run(
         raise
     finally:
         end_run(tracked.uri, tracked.run_id, status)
-        deliver()
+        deliver(_LAST_SECONDS if status == "FINISHED" else 0.0)
 
 
 def end_run(uri: str, run_id: str, status: str) -> None:

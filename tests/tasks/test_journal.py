@@ -93,6 +93,26 @@ def test_a_delivery_that_is_cut_off_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "journal.jsonl").exists()
 
 
+def test_who_ends_waits_for_a_server_that_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server()
+    journal = Journal(tmp_path / "journal.jsonl", server.perform)
+    assert journal.deliver_within(60.0), "nothing is due"
+    server.there = False
+    journal.call("end")
+    assert not journal.deliver_within(0.0)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        server.there = len(slept) == 3
+
+    monkeypatch.setattr("tasks.journal.time.sleep", sleep)
+    assert journal.deliver_within(60.0)
+    assert server.told == [("end", {})] and len(slept) == 3
+
+
 @contextmanager
 def _mlflow(database: Path, port: int) -> Iterator[None]:
     command = [
@@ -126,6 +146,7 @@ def test_mlflow_learns_what_it_missed(tmp_path: Path, monkeypatch: pytest.Monkey
     port, database = free_port(), tmp_path / "server.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "_LAST_SECONDS", 0.0)
     recipe, data = load_recipe(TINY), DataVersion("data", "0" * 32, {}, "data.dvc")
     report = tmp_path / "metrics.json"
     report.write_text("{}")
