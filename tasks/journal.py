@@ -100,7 +100,7 @@ class Journal:
         return True
 
     def deliver_within(self, seconds: float) -> bool:
-        """Delivers, asking a server that is away again for so long; says whether nothing is left."""
+        """Delivers, asking a server that is away again for so long; says if nothing is left."""
         until = time.monotonic() + seconds
         while not self.deliver():
             left = until - time.monotonic()
