@@ -40,7 +40,7 @@ CANDIDATES: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
         ),
         "mmer": (
             {}, {"density": 0.5}, {"density": 0.5, "scale": 0.6}, {"lambdas": 0.7},
-            {"lambdas": 0.5}, {"alphas": 1.2},
+            {"alphas": 1.2}, {"alphas": 1.4},
         ),
     }
 )  # fmt: skip
