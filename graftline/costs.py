@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from graftline.data.examples import ROWS, replay_rows
+from graftline.data.examples import replay_rows
 from graftline.evaluation.report import JOINT
 from graftline.execution import TIMING
 from graftline.model.loading import read_record
@@ -24,6 +23,7 @@ from graftline.plan import Reference, Step
 from graftline.run_plan import RunPlan
 from graftline.store import Store
 from graftline.weight_files import Entry, read_header
+from graftline.work import train_rows
 
 Activity = Literal["training", "evaluation", "merging", "preparation"]
 _ACTIVITIES: dict[str, Activity] = {
@@ -170,7 +170,7 @@ def _size(file: Path) -> int:
 def _rows_kept(plan: RunPlan, training: Iterable[Step], store: Store) -> int:
     """Rows that steps with a `fraction` were given of; all, where one step sees all modalities."""
     counts = {
-        step.parameters["modality"]: _train_rows(step, store)
+        step.parameters["modality"]: train_rows(store.notes(step.kind, step.reference.fingerprint))
         for step in plan.steps.values()
         if step.kind == "features"
     }
@@ -185,11 +185,6 @@ def _rows_kept(plan: RunPlan, training: Iterable[Step], store: Store) -> int:
                 rows = count if fraction is None else len(replay_rows(count, fraction, 0))
                 kept[modality] = max(kept[modality], rows)
     return sum(kept.values())
-
-
-def _train_rows(step: Step, store: Store) -> int:
-    file = store.notes(step.kind, step.reference.fingerprint) / "train" / ROWS
-    return int(pq.read_metadata(file).num_rows)
 
 
 def _changed(step: Step, store: Store) -> int:

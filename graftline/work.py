@@ -166,10 +166,15 @@ def realign_settings(work: Work) -> PhaseSettings:
     passes = parameters.get("passes")
     if passes is None:
         return settings
-    rows = read_metadata(work.role("features")[parameters["modality"]] / "train" / ROWS).num_rows
+    rows = train_rows(work.role("features")[parameters["modality"]])
     kept = len(replay_rows(rows, parameters["fraction"], parameters["seed"]))
     most = math.ceil(passes * math.ceil(kept / settings.batch_size))
     return settings.model_copy(update={"steps": min(settings.steps, most)})
+
+
+def train_rows(features: Path) -> int:
+    """How many training rows a features artifact's folder holds."""
+    return int(read_metadata(features / "train" / ROWS).num_rows)
 
 
 def phase_settings(parameters: Any) -> PhaseSettings:

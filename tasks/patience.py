@@ -16,17 +16,18 @@ _Answer = TypeVar("_Answer")
 _log = logging.getLogger(__name__)
 
 
-def patiently(ask: Callable[[], _Answer], what: str) -> _Answer:
-    """Asks Prefect's server; where it is away, again and again for a quarter of an hour.
+def patiently(ask: Callable[[], _Answer], what: str, seconds: float = _AWAY_SECONDS) -> _Answer:
+    """Asks Prefect's server; where it is away, again and again.
 
     Args:
         ask: what is asked; it may be asked more than once.
         what: for the log.
+        seconds: how long; a quarter of an hour if left out.
 
     Raises:
         Exception: what `ask` raises where the server answers, or at last.
     """
-    given_up = time.monotonic() + _AWAY_SECONDS
+    given_up = time.monotonic() + seconds
     while True:
         try:
             return ask()

@@ -7,7 +7,6 @@ with its parent.
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import socket
@@ -26,7 +25,6 @@ UI_PORT = 4200
 """Where `graftline ui` serves Prefect's pages unless told otherwise."""
 _START_SECONDS = 90.0
 _ANSWER_SECONDS = 60.0
-_log = logging.getLogger(__name__)
 _QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
@@ -147,23 +145,22 @@ def _wait_for(url: str) -> None:
     """
     import httpx
 
-    deadline = time.monotonic() + _ANSWER_SECONDS
-    told = False
-    while True:
-        try:
-            if httpx.get(f"{url.rstrip('/')}/health", timeout=5.0).status_code < 500:
-                return
-        except httpx.TransportError:
-            pass
-        if time.monotonic() > deadline:
-            raise GraftlineError(
-                f"Prefect's server at {url} does not answer. Start it, or unset PREFECT_API_URL "
-                "(or the URL of the active Prefect profile) to have a run start one of its own."
-            )
-        if not told:
-            _log.warning("Prefect's server at %s does not answer; asking again for a minute", url)
-            told = True
-        time.sleep(1.0)
+    from tasks.patience import is_away, patiently
+
+    def ask() -> None:
+        answer = httpx.get(f"{url.rstrip('/')}/health", timeout=5.0)
+        if answer.is_server_error:
+            answer.raise_for_status()
+
+    try:
+        patiently(ask, f"asking {url} for {_ANSWER_SECONDS:.0f} s", _ANSWER_SECONDS)
+    except httpx.HTTPError as error:
+        if not is_away(error):
+            raise
+        raise GraftlineError(
+            f"Prefect's server at {url} does not answer. Start it, or unset PREFECT_API_URL "
+            "(or the URL of the active Prefect profile) to have a run start one of its own."
+        ) from error
 
 
 def _serve(port: int, with_ui: bool) -> None:

@@ -15,15 +15,14 @@ from graftline.store import Artifact
 from graftline.work import Machine, Work, realign_settings
 
 TINY = Path(__file__).resolve().parents[2] / "params/tiny.yaml"
-FILES = {"image": dict.fromkeys(("train", "validation", "test"), "0")}
+FILES = {name: dict.fromkeys(("train", "validation", "test"), "0") for name in ("image", "audio")}
 
 
 def _work(folder: Path, **changes: object) -> Work:
     """A realigning of 80 steps of 8 rows, beside 320 training rows of which a share was kept."""
     given = {"realign.steps": 80, "realign.batch_size": 8, "replay.fraction": 0.1}
-    files = {**FILES, "audio": FILES["image"]}
     changes = {**given, "order": ["image", "audio"], **changes}
-    plan = plan_run(load_recipe(TINY, changes), files)
+    plan = plan_run(load_recipe(TINY, changes), FILES)
     step = next(each for each in plan.steps.values() if each.kind == "realign")
     modality = step.parameters["modality"]
     (folder / "train").mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -11,6 +10,7 @@ import pytest
 
 from graftline.errors import GraftlineError
 from tasks import server
+from tasks.ui import free_port
 
 
 class _Health(BaseHTTPRequestHandler):
@@ -29,9 +29,7 @@ class _Health(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 def _configured(port, patch):
