@@ -38,7 +38,7 @@ from graftline.realign_steps import (
 from graftline.recipe import LoraSettings
 from graftline.store import Artifact, Store
 from graftline.team import current
-from graftline.together import TOGETHER, carry_out_together
+from graftline.together import carried_out_together, carry_out_together
 from graftline.training import phases
 from graftline.training.resampling import align_resampler
 from graftline.work import Machine, Work, call_of, load, phase_settings, realign_settings
@@ -78,7 +78,7 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
         started = time.monotonic()
         torch.set_num_threads(machine.threads)
         folder = store.work_folder(step.kind, fingerprint)
-        shared = machine.processes > 1 and step.kind in TOGETHER
+        shared = carried_out_together(step.kind, machine)
         shared &= step.kind != "features" or machine.feature_shares == 1
         run = carry_out_together if shared else RUNNERS[step.kind]
         run(Work(step, parents, machine, folder, out))

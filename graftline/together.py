@@ -35,7 +35,17 @@ TOGETHER = frozenset(
     {"features", "align", "fine-tune", "realign", "realign-masked", "evaluate", "evaluate-joint"}
 )
 """Kinds of steps that several processes can carry out, each with its share of the rows."""
+_NEVER_SHARDED = frozenset({"guarded-fine-tune", "distil"})
+"""Those that several processes carry out too, but each with the whole backbone: what their losses
+compare it with (a teacher, an anchor, earlier subspaces) is whole."""
 _FINISHED, _FAILED = "finished", "failed"
+
+
+def carried_out_together(kind: str, machine: Machine) -> bool:
+    """Whether the machine's processes share a step of this kind."""
+    if machine.processes == 1:
+        return False
+    return kind in TOGETHER or (kind in _NEVER_SHARDED and not machine.shard)
 
 
 def check_processes(machine: Machine) -> None:

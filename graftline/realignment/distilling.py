@@ -145,7 +145,8 @@ def distil(
     group = ParameterGroup(
         f"connector-{modality}", layer.connector.output_parameters(), settings.learning_rate
     )
-    run_phase(call, guarded, settings, rows, [group])
+    if not run_phase(call, guarded, settings, rows, [group]):
+        return
     shape = learning.records[modality].shape
     record = ConnectorRecord(modality, shape, call.backbone_fingerprint)
     save_connector(call.out, record, layer.connector)

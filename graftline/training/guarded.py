@@ -72,18 +72,25 @@ class GuardCall:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBatch(Batch):
-    """A batch of new rows, and one of replayed rows beside it."""
+    """A batch of new rows, and one of replayed rows beside it.
+
+    Attributes:
+        memory: the replayed rows.
+        new_weight: of the new rows' loss; the memory has its own, where processes share both.
+    """
 
     memory: Batch
+    new_weight: float = 1.0
 
     def to(self, device: torch.device | str) -> MemoryBatch:
         """Moves every tensor of both to `device`."""
-        return MemoryBatch(**vars(super().to(device)), memory=self.memory.to(device))
+        return replace(self, **vars(super().to(device)), memory=self.memory.to(device))
 
     @property
     def tokens(self) -> int:
         """Positions that are not padding, of both."""
-        return super().tokens + self.memory.tokens
+        parts = ((super().tokens, self.new_weight), (self.memory.tokens, self.memory.weight))
+        return sum(tokens for tokens, weight in parts if weight)
 
 
 class RowsBesideMemory(TrainingSet):
@@ -104,7 +111,9 @@ class RowsBesideMemory(TrainingSet):
 
     def batch(self, step: int) -> MemoryBatch:
         """The two batches of a step: a pure function of data, seed and step."""
-        return MemoryBatch(**vars(super().batch(step)), memory=self.memory.batch(step))
+        new, memory = super().batch(step), self.memory.batch(step)
+        both = {**vars(new), "weight": 1.0}
+        return MemoryBatch(**both, memory=memory, new_weight=new.weight)
 
 
 class GuardedModel(MultimodalModel):
@@ -155,7 +164,8 @@ def guarded_fine_tune(
     groups.append(_backbone_group(loaded, settings.learning_rate, mode, train_embeddings))
     objective = _objective(loaded, guard, teacher, train_embeddings)
     guarded = replace(loaded, model=GuardedModel(loaded.model, objective))
-    run_phase(call, guarded, settings, rows, groups)
+    if not run_phase(call, guarded, settings, rows, groups):
+        return
     if guard.name == "o-lora":
         save_subspace(call.out, input_directions(loaded.model.backbone), lora.rank)
     if mode == "lora":
@@ -250,7 +260,7 @@ def _with_memory(teacher: MultimodalModel, alpha: float, beta: float) -> Objecti
         said, wanted = answer_logits(model, batch.memory), _frozen_logits(teacher, batch.memory)
         replayed = dark_experience(said, wanted, answer_tokens(batch.memory), alpha, beta)
         loss: Tensor = model(batch)
-        return loss + replayed
+        return batch.new_weight * loss + batch.memory.weight * replayed
 
     return objective
 
