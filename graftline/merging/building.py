@@ -41,6 +41,7 @@ from graftline.weight_files import Origin
 SHARD_BYTES = 5_000_000_000
 _WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 _EVERYWHERE = "all tensors"  # whose statistics: of a global scope
+_LARGE_PIECE = 31 << 20
 _ZERO = torch.zeros((), dtype=torch.float64)
 
 Bits = npt.NDArray[np.bool_]
@@ -98,6 +99,7 @@ class Building:
         self._parameters = parameters
         self._plan = plan
         self._ill: set[str] = set()
+        self._healthy = False  # whether all that is merged was looked at, and nothing ill found
         self._scales: dict[str, list[float]] = {}
         self._known: dict[str, Statistics] = {}
         self._threads = torch.get_num_threads()
@@ -107,6 +109,7 @@ class Building:
         """Fills the folder: weights, companions and index first, the record last."""
         scope = getattr(self._parameters, "scope", None)
         merged = [job for job in self._plan.jobs if job.experts]
+        _keep_freed_memory()
         with self._workers, _threads_as_before(self._threads):
             if scope == "global":
                 self._gather(_EVERYWHERE, merged, "statistics")
@@ -171,21 +174,26 @@ class Building:
 
     def _gather(self, what: str, jobs: Sequence[Job], label: str | None = None) -> None:
         """Takes the rule's statistics over some tensors."""
+        looked: list[bool] = []  # whether each walk was but a sample
 
-        def walk(work: Callable[[Iterable[Block]], Found], /) -> Iterable[Found]:
+        def walk(
+            work: Callable[[Iterable[Block]], Found], /, *, sparse: bool = False
+        ) -> Iterable[Found]:
             def look(run: Segment) -> Found:
                 return work(block for _, block in self._blocks(run))
 
-            bar = nullcontext() if label is None else track(label, len(jobs))
-            with ReadAhead(jobs) as reading, bar as advance:
+            bar = nullcontext() if label is None or sparse else track(label, len(jobs))
+            with ReadAhead(jobs, sparse=sparse) as reading, bar as advance:
                 for segment, found in self._computed(reading, look):
                     yield from found
                     if advance is not None and _ends(segment):
                         advance(segment.job.name)
+            looked.append(sparse)
 
         found = self._rule.statistics(walk, self._parameters)
         if label is not None:
             self._refuse_the_ill()
+            self._healthy = False in looked
         if found is not None:
             self._known[what] = {key: tuple(values) for key, values in found.items()}
 
@@ -250,7 +258,7 @@ class Building:
         for start in range(0, tensors[0].numel(), BLOCK):
             pieces = [tensor[start : start + BLOCK] for tensor in tensors]
             healthy = True
-            for number, piece in enumerate(pieces):
+            for number, piece in enumerate(() if self._healthy else pieces):
                 if not _finite(piece):
                     healthy = False
                     entries = (run.job.base, *run.job.experts)
@@ -263,6 +271,16 @@ class Building:
     def _refuse_the_ill(self) -> None:
         if self._ill:
             raise CannotMergeCheckpoints(sorted(self._ill))
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep the memory of intermediate results for the next block's.
+
+    In threads it gives back what lies at the top at once, and the next block pays for new pages,
+    as much as for computing. How much it keeps follows the largest piece that was ever freed, up
+    to 32 MB (mallopt(3), M_TRIM_THRESHOLD).
+    """
+    np.empty(_LARGE_PIECE, np.uint8)
 
 
 def _compute_alone() -> None:

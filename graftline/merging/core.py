@@ -89,8 +89,14 @@ Found = TypeVar("Found")
 class Walk(Protocol):
     """Goes over all blocks once more each time it is called."""
 
-    def __call__(self, work: Callable[[Iterable[Block]], Found], /) -> Iterable[Found]:
+    def __call__(
+        self, work: Callable[[Iterable[Block]], Found], /, *, sparse: bool = False
+    ) -> Iterable[Found]:
         """Calls `work` with one run of blocks after the other, maybe in several threads.
+
+        Args:
+            work: what to do with a run.
+            sparse: a sample will do: parts of each tensor, in proportion to its size.
 
         Returns:
             What `work` found, in the order of the blocks, which is the same each time.
@@ -100,7 +106,9 @@ class Walk(Protocol):
 def walk_over(blocks: Sequence[Block]) -> Walk:
     """A walk over blocks that are in memory, all in one run."""
 
-    def walk(work: Callable[[Iterable[Block]], Found], /) -> Iterable[Found]:
+    def walk(
+        work: Callable[[Iterable[Block]], Found], /, *, sparse: bool = False
+    ) -> Iterable[Found]:
         yield work(blocks)
 
     return walk
@@ -187,7 +195,7 @@ def task_vectors(base: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
     """
     check_shapes(base, experts)
     start = base.float()
-    return [expert.float() - start for expert in experts]
+    return [expert.to(torch.float32, copy=True).sub_(start) for expert in experts]
 
 
 def check_shapes(base: Tensor, experts: Sequence[Tensor]) -> None:

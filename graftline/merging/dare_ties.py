@@ -74,7 +74,7 @@ def merge(
         stays = drop_mask(tau.numel(), parameters.drop, index, context).view(tau.shape)
         vectors.append(tau * stays)
     factor = parameters.scale / (1.0 - parameters.drop)
-    return Merged(elected_mean(vectors).mul_(factor).float())
+    return Merged(elected_mean(vectors, factor))
 
 
 RULE = Rule(

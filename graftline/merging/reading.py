@@ -19,12 +19,15 @@ from graftline.merging.checkpoints import DTYPES
 from graftline.merging.compatibility import Job
 from graftline.weight_files import Entry
 
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 """Elements computed at once: few enough that intermediate results stay in the cache, and so many
 that calls cost little beside them."""
 
 RUN = 4 * BLOCK
 """Elements that one thread computes before it asks for more."""
+
+SPARSE = 128
+"""Of so many elements a sample has one."""
 
 _BUFFERS = 4  # one being read, one waiting, two in use
 _BUFFER_BYTES = 10 << 20  # shared by all models, so memory does not grow with their number
@@ -64,11 +67,15 @@ class ReadAhead:
     Args:
         jobs: the tensors, in the order wanted.
         with_base: False: of merged tensors only the experts are read.
+        sparse: of each piece only the first part is read, one element in `SPARSE`.
     """
 
-    def __init__(self, jobs: Sequence[Job], *, with_base: bool = True) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], *, with_base: bool = True, sparse: bool = False
+    ) -> None:
         self._jobs = jobs
         self._with_base = with_base
+        self._share = SPARSE if sparse else 1
         self._files: dict[Path, int] = {}
         self._free: SimpleQueue[Bytes | None] = SimpleQueue()
         self._ready: SimpleQueue[tuple[Segment, Bytes] | BaseException | None] = SimpleQueue()
@@ -127,7 +134,7 @@ class ReadAhead:
                     buffer = self._free.get()
                     if buffer is None:
                         return
-                    count = min(step, _length(job) - offset)
+                    count = -(-min(step, _length(job) - offset) // self._share)
                     self._ready.put((self._segment(job, offset, count, buffer), buffer))
         except BaseException as error:  # whoever iterates has to hear of it
             self._ready.put(error)

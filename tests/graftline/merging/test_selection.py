@@ -16,13 +16,22 @@ ANY = st.floats(width=32, allow_nan=False, allow_infinity=False)
 TINY = 2.0**-149  # the smallest subnormal
 
 
-def walk_in_steps(values: Tensor, step: int, together: int = 2) -> Walk:
-    """Blocks of `step` values, some of them in a run; the expert is the values, the base 0."""
+def walk_in_steps(
+    values: Tensor, step: int, together: int = 2, seen: list[str] | None = None
+) -> Walk:
+    """Blocks of `step` values, some of them in a run; the expert is the values, the base 0.
+
+    A sample is every third block; what was walked over is noted in `seen`.
+    """
     blocks = [
         Block(torch.zeros(piece.shape), (piece,), values.numel()) for piece in values.split(step)
     ]
 
-    def walk(work, /) -> list[Found]:
+    def walk(work, /, *, sparse: bool = False) -> list[Found]:
+        if seen is not None:
+            seen.append("sample" if sparse else "all")
+        if sparse:
+            return [work(blocks[::3])]
         return [work(blocks[i : i + together]) for i in range(0, len(blocks), together)]
 
     return walk
@@ -108,3 +117,28 @@ def test_any_bits_in_any_steps(seed, rank, step):
         walk_in_steps(values, step), lambda block: block.experts, lambda _: [rank]
     )
     assert found == [(values.sort(descending=True).values[rank - 1].item(),)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "density", "walks"),
+    [
+        ("normal", 0.2, ["sample", "all"]),
+        ("normal", 1.0, ["sample", "all", "all"]),  # no sample tells the smallest
+        ("sorted", 0.2, ["sample", "all"]),
+        ("one large block", 0.2, ["sample", "all", "all", "all"]),  # which the sample does not hold
+    ],
+)
+def test_a_sample_saves_a_walk_and_never_misleads(kind, density, walks):
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(3_000_000, generator=generator)
+    if kind == "sorted":
+        values = values.sort().values
+    if kind == "one large block":
+        values[10_000:20_000] += 100
+        values = torch.cat([values[:30_000]] * 100)
+    seen: list[str] = []
+    walk = walk_in_steps(values, 10_000, seen=seen)
+    found = thresholds(walk, TiesParameters(density=density))
+    assert seen == walks
+    keep = round(density * values.numel())
+    assert found == {"threshold": (values.abs().sort(descending=True).values[keep - 1].item(),)}
