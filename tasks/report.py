@@ -22,6 +22,7 @@ from graftline.costs import Costs, busy_seconds, costs_of
 from graftline.evaluation.pictures import score_matrix, scores_over_stages
 from graftline.evaluation.report import (
     COSTS,
+    HEADLINE,
     RunScores,
     gains_of,
     place_scores,
@@ -91,7 +92,7 @@ def write_run_report(
     store = open_store(place.store)
     if computed == 0 and old.get("fingerprint") == plan.fingerprint:
         metrics = old
-        if not has_costs(old):
+        if not (has_costs(old) and (folder / HEADLINE).exists()):
             metrics = write_report(
                 folder, replace(read_report(folder), **asdict(costs_of(plan, store)))
             )

@@ -32,6 +32,7 @@ Place = tuple[str, int, str]
 CSV_COLUMNS = ("stage", "stage_modality", "modality", "task", "point", "metric", "score", "n")
 _EXAMPLE_COLUMNS = ("stage", "stage_modality", "modality", "task", "point", "metric", "scores")
 EXAMPLES = "examples.csv"
+HEADLINE = "headline.json"
 HEADLINES = ("brg", "brg_mean", "frg_mean", "retention")
 COSTS = (
     "trained_parameters",
@@ -280,6 +281,18 @@ def metrics_of(run: RunScores, replicates: int = 2000) -> dict[str, Any]:
     }
 
 
+def headline_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `headline.json`: of the metrics, what two runs are compared by first.
+
+    `dvc metrics show` makes a column of each number, so they are few.
+    """
+    names = {
+        "brg": "brg", "frg": "frg", "retention": "retention", "joint": JOINT,
+        "perplexity": "text_perplexity_after", "scores": "scores",
+    }  # fmt: skip
+    return {name: metrics[key] for name, key in names.items()}
+
+
 def scores_csv(run: RunScores) -> str:
     """The content of `scores.csv`: a row a cell, the columns of `CSV_COLUMNS`."""
     rows = [[getattr(cell, column) for column in CSV_COLUMNS] for cell in run.cells]
@@ -300,7 +313,9 @@ def cells_in(text: str) -> tuple[ScoreCell, ...]:
 
 
 def write_report(folder: Path, run: RunScores, replicates: int = 2000) -> dict[str, Any]:
-    """Write `metrics.json`, `scores.csv` and `examples.csv`, each atomically, metrics last.
+    """Write the report's files, each atomically: `metrics.json` last.
+
+    The others are `headline.json`, `scores.csv` and `examples.csv`.
 
     Args:
         folder: `reports/<recipe>/<method>/seed-<s>/`; made if absent.
@@ -319,6 +334,8 @@ def write_report(folder: Path, run: RunScores, replicates: int = 2000) -> dict[s
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / EXAMPLES, examples_csv(run.cells))
     atomic_write_text(folder / "scores.csv", scores_csv(run))
+    headline = headline_of(metrics)
+    atomic_write_text(folder / HEADLINE, _strict_json(headline, f"headline of {run.method}"))
     atomic_write_text(folder / "metrics.json", text)
     return metrics
 

@@ -18,7 +18,7 @@ RUNS = "select name, status from runs"
 def test_report_is_complete(finished):
     folder = finished.folder / "reports/tiny/mera/seed-0"
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"metrics.json", "scores.csv", "scores.png", "stages.png"}
+    assert names >= {"metrics.json", "headline.json", "scores.csv", "scores.png", "stages.png"}
     metrics = json.loads((folder / "metrics.json").read_text())
     keys = "brg brg_per_stage frg frg_per_stage retention scores data_md5 fingerprint order seed"
     assert set(keys.split()) <= set(metrics)

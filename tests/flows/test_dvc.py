@@ -81,16 +81,22 @@ def test_repro_metrics_plots_and_experiments(copy):
     assert "Running stage" not in again and "didn't change" in again
     project.commit()
     shown = project.read("dvc", "metrics", "show", "--json")
-    files = {f"reports/tiny/{method}/seed-0/metrics.json" for method in ("mera", "finetune")}
+    files = {f"reports/tiny/{method}/seed-0/headline.json" for method in ("mera", "finetune")}
     assert files <= set(shown[""]["data"])
+    headline = shown[""]["data"]["reports/tiny/mera/seed-0/headline.json"]["data"]
+    columns = {"brg", "frg", "retention", "joint", "perplexity", "scores"}
+    assert {"joint", "perplexity", "scores"} <= set(headline) <= columns, "gains may be undefined"
+    assert set(headline["scores"]) == {"image", "audio"}
     page = project.complete("dvc", "plots", "show").stdout.strip().removeprefix("file://")
     text = Path(page).read_text()
     assert "reports/tiny/mera/seed-0/scores.csv" in text and "stages.png" in text
-    project.run("dvc", "exp", "run", "-S", "params/tiny.yaml:replay.fraction=0.5", "mera")
+    changes = ("replay.fraction=0.5", "fine_tune.learning_rate=0.003")  # the second moves numbers
+    words = [word for each in changes for word in ("-S", f"params/tiny.yaml:{each}")]
+    project.run("dvc", "exp", "run", *words, "mera")
     changed = project.read("dvc", "metrics", "diff", "--json")
-    assert set(changed) == {"reports/tiny/mera/seed-0/metrics.json"}
+    assert set(changed) == {"reports/tiny/mera/seed-0/headline.json"}
     values = yaml.safe_load((project.folder / "params/tiny.yaml").read_text())
-    assert values["replay"]["fraction"] == 0.5
+    assert values["replay"]["fraction"] == 0.5 and values["fine_tune"]["learning_rate"] == 0.003
 
 
 def test_data_and_reports_go_to_an_object_store_and_come_back(copy, tmp_path):

@@ -111,9 +111,12 @@ def test_metrics_and_scores(tmp_path: Path) -> None:
     assert all(row["n"] == "30" for row in rows)
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [
         "examples.csv",
+        "headline.json",
         "metrics.json",
         "scores.csv",
     ]
+    headline = json.loads((tmp_path / "r" / "headline.json").read_text())
+    assert headline["brg"] == metrics["brg"] and headline["scores"] == metrics["scores"]
 
 
 def test_a_report_reads_back_exactly_and_writes_the_same_bytes(tmp_path: Path) -> None:
