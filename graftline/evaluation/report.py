@@ -282,15 +282,9 @@ def metrics_of(run: RunScores, replicates: int = 2000) -> dict[str, Any]:
 
 
 def headline_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `headline.json`: of the metrics, what two runs are compared by first.
-
-    `dvc metrics show` makes a column of each number, so they are few.
-    """
-    names = {
-        "brg": "brg", "frg": "frg", "retention": "retention", "joint": JOINT,
-        "perplexity": "text_perplexity_after", "scores": "scores",
-    }  # fmt: skip
-    return {name: metrics[key] for name, key in names.items()}
+    """The content of `headline.json`: few numbers; `dvc metrics show` makes a column of each."""
+    chosen = {name: metrics[name] for name in ("brg", "frg", "retention", JOINT, "scores")}
+    return {**chosen, "perplexity": metrics["text_perplexity_after"]}
 
 
 def scores_csv(run: RunScores) -> str:
@@ -313,9 +307,7 @@ def cells_in(text: str) -> tuple[ScoreCell, ...]:
 
 
 def write_report(folder: Path, run: RunScores, replicates: int = 2000) -> dict[str, Any]:
-    """Write the report's files, each atomically: `metrics.json` last.
-
-    The others are `headline.json`, `scores.csv` and `examples.csv`.
+    """Write `examples.csv`, `scores.csv`, `headline.json`, `metrics.json`, each atomically.
 
     Args:
         folder: `reports/<recipe>/<method>/seed-<s>/`; made if absent.
@@ -334,8 +326,7 @@ def write_report(folder: Path, run: RunScores, replicates: int = 2000) -> dict[s
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / EXAMPLES, examples_csv(run.cells))
     atomic_write_text(folder / "scores.csv", scores_csv(run))
-    headline = headline_of(metrics)
-    atomic_write_text(folder / HEADLINE, _strict_json(headline, f"headline of {run.method}"))
+    atomic_write_text(folder / HEADLINE, _strict_json(headline_of(metrics), HEADLINE))
     atomic_write_text(folder / "metrics.json", text)
     return metrics
 
