@@ -1,8 +1,10 @@
 """Training tokens per second: Graftline's loop beside a plain `transformers.Trainer`, in one run.
 
 Same backbone, connector, rows, batch size and number of trained weights; bf16 arithmetic in both
-(the Trainer's way: fp32 weights under autocast). Also the floor: FLOP/s reached against the
-machine's own bf16 matmul rate. Needs the artifacts of one finished run:
+(the Trainer's way: fp32 weights under autocast). Each measurement is a process of its own: that of
+Graftline with the variables that its commands set (`tasks/environment.py`), the Trainer's without
+them, as a user would start it, and once more with them. Also the floor: FLOP/s reached against
+the machine's own bf16 matmul rate. Needs the artifacts of one finished run:
 
     graftline run params/starter.yaml
     python benchmarks/training.py params/starter.yaml --steps 12
@@ -12,13 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 from tasks.environment import prepare
 
-prepare()
+GRAFTLINE, TRAINER, PREPARED = "graftline", "transformers.Trainer", "Trainer, our environment"
+PLAIN = dict(os.environ)
+if TRAINER not in sys.argv:
+    prepare()
 
 import torch
 from starter_parts import artifacts, optimizer_of, untrained
@@ -37,17 +45,20 @@ def main() -> None:
     parser.add_argument("--modality", default="audio")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument(
-        "--rounds", type=int, default=2, help="both are measured this often, in turn"
+        "--rounds", type=int, default=2, help="each is measured this often, in turn"
     )
+    parser.add_argument("--side", choices=[GRAFTLINE, TRAINER, PREPARED], help="measure one, here")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
     found = artifacts(recipe, arguments.modality)
-    rates: dict[str, list[float]] = {"graftline": [], "transformers.Trainer": []}
+    if arguments.side:
+        measure = ours if arguments.side == GRAFTLINE else theirs
+        print(measure(recipe, arguments.modality, found, arguments.steps))
+        return
+    rates: dict[str, list[float]] = {GRAFTLINE: [], TRAINER: [], PREPARED: []}
     for _ in range(arguments.rounds):
-        rates["graftline"].append(ours(recipe, arguments.modality, found, arguments.steps))
-        rates["transformers.Trainer"].append(
-            theirs(recipe, arguments.modality, found, arguments.steps)
-        )
+        for side, measured in rates.items():
+            measured.append(apart(side))
     best = {name: max(values) for name, values in rates.items()}
     matmul = matmul_rate()
     weights = sum(
@@ -57,12 +68,20 @@ def main() -> None:
     )
     result = {
         "tokens_per_second": rates,
-        "ratio": round(best["graftline"] / best["transformers.Trainer"], 2),
+        "ratio": round(best[GRAFTLINE] / best[TRAINER], 2),
+        "ratio_in_one_environment": round(best[GRAFTLINE] / best[PREPARED], 2),
         "matmul_flops_per_second": matmul,
-        "reached_flops_per_second": 6 * weights * best["graftline"],
-        "share_of_matmul_rate": round(6 * weights * best["graftline"] / matmul, 3),
+        "reached_flops_per_second": 6 * weights * best[GRAFTLINE],
+        "share_of_matmul_rate": round(6 * weights * best[GRAFTLINE] / matmul, 3),
     }
     print(json.dumps(result, indent=2))
+
+
+def apart(side: str) -> float:
+    """Measures one side in a process of its own."""
+    words = [sys.executable, *sys.argv, "--side", side]
+    done = subprocess.run(words, env=PLAIN, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
 def ours(recipe: Recipe, modality: str, found: dict[str, Path], steps: int) -> float:
