@@ -307,7 +307,7 @@ def cells_in(text: str) -> tuple[ScoreCell, ...]:
 
 
 def write_report(folder: Path, run: RunScores, replicates: int = 2000) -> dict[str, Any]:
-    """Write `examples.csv`, `scores.csv`, `headline.json`, `metrics.json`, each atomically.
+    """Write examples, scores, headline and metrics, each file atomically, metrics last.
 
     Args:
         folder: `reports/<recipe>/<method>/seed-<s>/`; made if absent.
