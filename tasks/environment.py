@@ -1,9 +1,11 @@
-"""Environment variables that must be set before torch, transformers, MLflow or Prefect load."""
+"""What must be set before torch, transformers, MLflow or Prefect load."""
 
 from __future__ import annotations
 
 import os
 import warnings
+
+from graftline.memory import keep_freed_memory
 
 _DEFAULTS = {
     # Threads that spin while they wait stall training when the machine is shared.
@@ -39,4 +41,5 @@ def prepare(*, verbose: bool = False) -> None:
         os.environ.setdefault(name, value)
     for message in _HARMLESS:
         warnings.filterwarnings("ignore", message)
+    keep_freed_memory()
     os.environ.pop("MLFLOW_RUN_ID", None)  # an outer run's id would take our child runs over

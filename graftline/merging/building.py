@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from graftline.durable import write_synced
+from graftline.memory import keep_freed_memory
 from graftline.merging.checkpoints import DTYPES, INDEX, SINGLE
 from graftline.merging.companions import CARD, FORMAT, RECORD, card, copy_companions
 from graftline.merging.compatibility import CannotMergeCheckpoints, Job, Plan
@@ -41,7 +42,6 @@ from graftline.weight_files import Origin
 SHARD_BYTES = 5_000_000_000
 _WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 _EVERYWHERE = "all tensors"  # whose statistics: of a global scope
-_LARGE_PIECE = 31 << 20
 _ZERO = torch.zeros((), dtype=torch.float64)
 
 Bits = npt.NDArray[np.bool_]
@@ -109,7 +109,7 @@ class Building:
         """Fills the folder: weights, companions and index first, the record last."""
         scope = getattr(self._parameters, "scope", None)
         merged = [job for job in self._plan.jobs if job.experts]
-        _keep_freed_memory()
+        keep_freed_memory()
         with self._workers, _threads_as_before(self._threads):
             if scope == "global":
                 self._gather(_EVERYWHERE, merged, "statistics")
@@ -271,16 +271,6 @@ class Building:
     def _refuse_the_ill(self) -> None:
         if self._ill:
             raise CannotMergeCheckpoints(sorted(self._ill))
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep the memory of intermediate results for the next block's.
-
-    In threads it gives back what lies at the top at once, and the next block pays for new pages,
-    as much as for computing. How much it keeps follows the largest piece that was ever freed, up
-    to 32 MB (mallopt(3), M_TRIM_THRESHOLD).
-    """
-    np.empty(_LARGE_PIECE, np.uint8)
 
 
 def _compute_alone() -> None:
