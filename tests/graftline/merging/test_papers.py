@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from graftline.merging.core import Block, Context, decoupled, walk_over
 from graftline.merging.dare_ties import drop_mask
 from graftline.merging.rules import rule_named
+from graftline.merging.ties import elected_mean
 from tests.graftline.merging.models import (
     DTYPES,
     TAME,
@@ -53,6 +54,32 @@ def test_ties_is_the_papers_formula(rows, density):
     base, experts = models_of(rows)
     expected = _numpy_ties(taus_of(base, experts), density).astype(np.float32)
     assert np.array_equal(merged_by("ties", base, experts, density=density).tau.numpy(), expected)
+
+
+@given(
+    st.lists(st.tuples(TAME, TAME, TAME), min_size=1, max_size=12),
+    st.sampled_from([0.1, 0.5, 1.0]),
+)
+@settings(deadline=None)
+def test_ties_of_two_is_the_papers_formula_too(rows, density):
+    base, experts = models_of(rows)
+    expected = _numpy_ties(taus_of(base, experts), density).astype(np.float32)
+    assert np.array_equal(merged_by("ties", base, experts, density=density).tau.numpy(), expected)
+
+
+FLOATS = st.floats(-(2.0**126), 2.0**126, width=32)  # their sums lie within float32
+PAIRS = FLOATS.flatmap(lambda x: st.tuples(st.just(x), FLOATS | st.sampled_from([x, -x, 0.0])))
+
+
+@given(st.lists(PAIRS, min_size=1, max_size=12))
+@settings(deadline=None)
+def test_electing_among_two_needs_no_float64(pairs):
+    left, right = torch.tensor(pairs, dtype=torch.float32).T.contiguous()
+    short = elected_mean([left, right], 1.0).numpy()
+    general = elected_mean([left, right, torch.zeros_like(left)], 1.0).numpy()
+    expected = _numpy_election(np.stack([left, right]).astype(np.float64)).astype(np.float32)
+    assert np.array_equal(short, expected)
+    assert np.array_equal(short.view(np.int32), general.view(np.int32))  # no negative zero
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
