@@ -237,6 +237,11 @@ def _opened(folder: Path) -> tuple[Joint, Any, str]:
         config: Any = library.AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
         raise GraftlineError(f"{folder}: not a readable `transformers` folder ({error})") from error
+    if _has_axes(config):
+        raise GraftlineError(
+            f"{folder}: {config.model_type!r} gives media positions on three axes (M-RoPE), which "
+            "a plain causal LM does not have: its parts would not say what the whole says"
+        )
     if config.model_type not in _MODELS:
         raise GraftlineError(
             f"{folder}: is of type {config.model_type!r}; {', '.join(_MODELS)} can be taken apart"
@@ -253,6 +258,12 @@ def _opened(folder: Path) -> tuple[Joint, Any, str]:
     if wrong:
         raise GraftlineError(f"{folder}: its weights do not belong to config.json: {wrong}")
     return _joint(config), model.eval(), str(config.dtype or "").removeprefix("torch.")
+
+
+def _has_axes(config: Any) -> bool:
+    """Whether positions are time, row and column, as in Qwen2-VL (arXiv 2409.12191)."""
+    text = getattr(config, "text_config", config)
+    return "mrope_section" in (getattr(text, "rope_parameters", None) or {})
 
 
 def _joint(config: Any) -> Joint:

@@ -17,11 +17,18 @@ from transformers import (
     Qwen2AudioEncoderConfig,
     Qwen2AudioForConditionalGeneration,
     Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     VoxtralConfig,
     VoxtralEncoderConfig,
     VoxtralForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.qwen2_vl.configuration_qwen2_vl import (
+    Qwen2VLTextConfig,
+    Qwen2VLVisionConfig,
+)
 
 from graftline.asking.asker import Asker
 from graftline.asking.bundle import read_bundle, read_description
@@ -36,6 +43,7 @@ TEXT = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
+SAME = {"rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2}  # else by the model's type
 AUDIO = {
     "num_mel_bins": 8, "max_source_positions": 8, "encoder_layers": 1, "d_model": 16,
     "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
@@ -83,12 +91,17 @@ MODELS = {
 }
 
 
-def _saved(name, folder):
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    with torch.no_grad():  # initial weights are so small that a mistake would hardly show
+def _stirred(model):
+    """Initial weights are so small that a mistake would hardly show."""
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def _saved(name, folder):
+    torch.manual_seed(0)
+    model = _stirred(MODELS[name]().eval())
     model.save_pretrained(folder)
     make_tiny(folder.parent / "tokenizer", seed=0)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -151,6 +164,30 @@ def test_other_folders_are_refused(tmp_path):
     with pytest.raises(GraftlineError, match="do not belong to config.json"):
         take_apart(tmp_path / "whole", tmp_path / "parts")
     assert not (tmp_path / "parts" / PARTS).exists()
+
+
+def test_positions_on_three_axes_are_refused_because_a_plain_backbone_has_one(tmp_path):
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    vision = Qwen2VLVisionConfig(depth=1, embed_dim=16, hidden_size=32, num_heads=2, patch_size=4)
+    text = Qwen2VLTextConfig(**TEXT, **SAME, rope_parameters=rope)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=299)
+    whole = _stirred(Qwen2VLForConditionalGeneration(config).eval())
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(GraftlineError, match="three axes"):
+        take_apart(tmp_path / "whole", tmp_path / "parts")
+    assert not (tmp_path / "parts").exists()
+    plain = Qwen2ForCausalLM(Qwen2Config(**TEXT, **SAME, rope_theta=1e4)).eval()
+    plain.model.load_state_dict(whole.model.language_model.state_dict())
+    plain.lm_head.load_state_dict(whole.lm_head.state_dict())
+    along = torch.arange(6).expand(3, 1, 6)  # text: all axes alike
+    picture = torch.tensor([[0, 1, 1, 1, 1, 3], [0, 1, 1, 2, 2, 3], [0, 1, 2, 1, 2, 3]])[:, None]
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    with torch.inference_mode():
+        alone = plain(ids).logits
+        told, shown = (whole(ids, position_ids=where).logits for where in (along, picture))
+    torch.testing.assert_close(told, alone)
+    assert (shown - alone).abs().max() > 0.1
 
 
 def test_what_was_taken_apart_is_a_model_that_can_be_asked(tmp_path):
