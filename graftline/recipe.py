@@ -178,6 +178,9 @@ class EvaluationSettings(Part):
         description="also train and ask what FRG and retention compare with: naive fine-tunings "
         "and experts; a search on validation rows goes without",
     )
+    joint: bool = Field(
+        True, description="also ask questions about media of several modalities; a search does not"
+    )
     batch_size: int = Field(128, ge=1)
     max_new_tokens: int = Field(24, ge=1)
 

@@ -83,7 +83,8 @@ def last_scores(planner: Planner, stages: tuple[Stage, ...]) -> list[PlannedScor
         scores = [
             _stage_score(planner, last, last.merged, m, "merged") for m in last.final.connectors
         ]
-    if len(last.final.connectors) >= min(JOINT_TASKS):
+    joint = planner.recipe.evaluation.joint
+    if joint and len(last.final.connectors) >= min(JOINT_TASKS):
         reference = planner.evaluate_joint(last.final, last.index)
         scores.append(PlannedScore(last.index, last.modality, JOINT, "final", reference))
     return scores

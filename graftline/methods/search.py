@@ -112,7 +112,8 @@ class Search:
         else:
             # what is compared is the chain's own scores; a merge rule's experts are shared anyway
             own = {**candidate, "evaluation.references": False}
-        return {"method": self.method, "evaluation.split": "validation", **own}
+        asked = {"evaluation.split": "validation", "evaluation.joint": False}
+        return {"method": self.method, **asked, **own}
 
 
 def search_of(method: str, recipe: Recipe, *, rates: bool) -> Search:

@@ -9,6 +9,7 @@ import pytest
 from flows.searching import describe, trial_of
 from graftline.methods.search import search_of, write_trials
 from graftline.recipe import load_recipe
+from graftline.run_plan import plan_run
 
 TINY = Path(__file__).resolve().parents[2] / "params" / "tiny.yaml"
 LOYAL = {"scores": {"a": 0.6, "b": 0.4}, "scores_when_learned": {"a": 0.7, "b": 0.4}}
@@ -39,3 +40,17 @@ def test_settings_are_judged_by_the_end_and_rates_by_what_was_just_learned(
     assert all(words in text for words in said), text
     starred = [" * " in line for line in text.splitlines()[1:3]]
     assert starred == [chosen == 0, chosen == 1]
+
+
+@pytest.mark.parametrize("method", ["ties", "mmer", "ewc", "mera"])
+def test_candidates_are_asked_on_validation_rows_and_only_what_decides(method: str) -> None:
+    recipe = load_recipe(TINY)
+    files = {name: dict.fromkeys(("train", "validation", "test"), "0") for name in recipe.order}
+    search = search_of(method, recipe, rates=False)
+    for candidate in search.candidates:
+        tried = load_recipe(TINY, search.overrides(candidate))
+        steps = plan_run(tried, files).steps.values()
+        asked = [step for step in steps if step.kind.startswith("evaluate")]
+        assert {(step.kind, step.parameters["split"]) for step in asked} == {
+            ("evaluate", "validation")
+        }
