@@ -91,7 +91,7 @@ def _elected_mean_of_two(left: Tensor, right: Tensor) -> Tensor:
     Less than half the time of the general way (`test_papers.py` compares them); as there, a
     sum must lie within float32.
     """
-    direction = torch.add(left, right).sign_()
+    direction = _elected((left, right))
     left = (left * direction).clamp_(min=0.0)
     right = (right * direction).clamp_(min=0.0)
     voters = torch.minimum(left, right).sign_().add_(1.0)  # 2 if both agree

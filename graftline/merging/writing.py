@@ -74,8 +74,8 @@ def header(tensors: Sequence[Stored], metadata: Mapping[str, str]) -> bytes:
 class _File:
     """A new file, written in large pieces past the page cache where the file system lets one.
 
-    Copying weights into the page cache and clearing its pages costs more than all of the merge's
-    reading; nothing reads them again.
+    Copying weights into new pages of the cache can cost more than all of the merge's reading, as
+    on the virtual machine where it was measured; the merge does not read them again.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Merged files: the same bytes past the page cache and through it, and no error lost."""
 
 import errno
+import fcntl
 import hashlib
 import os
 
@@ -14,21 +15,21 @@ PIECE = writing._PIECE
 SIZES = ([], [1], [4096], [PIECE], [PIECE - 1, 2], [3, PIECE, 5000, 2 * PIECE + 7])
 
 
-def refuses(real, place):
-    """What a file system without direct writing does, when a file is opened or written."""
-    direct = os.O_DIRECT
+def refusing(place):
+    """`os.open` and `os.write` of a file system without direct writing: one of them says no."""
+    really_open, really_write = os.open, os.write
 
     def opened(path, flags, *more):
-        if place == "open" and flags & direct:
-            real["open"](path, flags, *more)  # the file is there all the same
+        descriptor = really_open(path, flags, *more)
+        if place == "open" and flags & os.O_DIRECT:
+            os.close(descriptor)  # the file is there all the same
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real["open"](path, flags, *more)
+        return descriptor
 
     def written(descriptor, content):
-        flags = writing.fcntl.fcntl(descriptor, writing.fcntl.F_GETFL)
-        if place == "write" and flags & direct:
+        if place == "write" and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real["write"](descriptor, content)
+        return really_write(descriptor, content)
 
     return opened, written
 
@@ -39,7 +40,7 @@ def refuses(real, place):
 def test_a_file_holds_what_was_written_wherever_direct_writing_fails(
     tmp_path, monkeypatch, sizes, place
 ):
-    opened, written = refuses({"open": os.open, "write": os.write}, place)
+    opened, written = refusing(place)
     monkeypatch.setattr(writing.os, "open", opened)
     monkeypatch.setattr(writing.os, "write", written)
     generator = np.random.default_rng(0)
