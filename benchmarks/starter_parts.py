@@ -9,7 +9,6 @@ import torch
 from graftline.data.build import by_modality, checksums
 from graftline.data.examples import ExampleSet, TrainingSet
 from graftline.data.features import FeatureTable
-from graftline.model.attention import attention_for
 from graftline.model.backbone import load_backbone
 from graftline.model.loading import (
     LoadedModel,
@@ -22,6 +21,7 @@ from graftline.recipe import Recipe
 from graftline.run_plan import plan_run
 from graftline.stores import open_store
 from graftline.training.optimizer import MasterAdamW, ParameterGroup
+from graftline.work import open_backbone
 
 
 def artifacts(recipe: Recipe, modality: str) -> dict[str, Path]:
@@ -46,8 +46,10 @@ def untrained(
 ) -> tuple[LoadedModel, TrainingSet]:
     """The base LLM with a new connector, and the batches of its fine-tuning."""
     folder = found["backbone"] / "backbone"
-    attention = attention_for(folder, "cpu") if dtype == torch.bfloat16 else "sdpa"
-    backbone = load_backbone(folder, dtype, attention)
+    if dtype == torch.bfloat16:
+        backbone = open_backbone(folder, "bfloat16", "auto", "cpu")
+    else:
+        backbone = load_backbone(folder, dtype, "sdpa")
     rows = FeatureTable(found["features"] / "train")[:]
     shape = recipe.modality(modality).connector.model_dump()
     pair = new_connector(modality, backbone[0], rows, shape, 0, "benchmark")

@@ -18,6 +18,7 @@ MODEL_CODE = (
     "model/loading.py",
     "model/multimodal.py",
     "model/precision.py",
+    "model/products.py",
     "model/prompts.py",
     "data/examples.py",
     "data/features.py",
@@ -86,7 +87,12 @@ CODE: dict[str, tuple[str, ...]] = {
     ),
     "evaluate": ANSWERING_CODE,
     "evaluate-joint": (*ANSWERING_CODE, "evaluation/joint.py"),
-    "perplexity": ("model/attention.py", "model/precision.py", "evaluation/perplexity.py"),
+    "perplexity": (
+        "model/attention.py",
+        "model/precision.py",
+        "model/products.py",
+        "evaluation/perplexity.py",
+    ),
 }
 
 

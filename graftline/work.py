@@ -13,7 +13,8 @@ from pyarrow.parquet import read_metadata
 from graftline.data.examples import ROWS, replay_rows
 from graftline.model.attention import attention_for
 from graftline.model.backbone import load_backbone
-from graftline.model.precision import computing_dtype
+from graftline.model.precision import computing_dtype, products_are_faster_wide
+from graftline.model.products import widen_products
 from graftline.plan import Step
 from graftline.recipe import PhaseSettings, Recipe
 from graftline.store import Artifact
@@ -134,9 +135,10 @@ def open_backbone(
     if attention == "auto":
         attention = attention_for(folder, device)
     stored = DTYPES[precision]
-    model, tokenizer = load_backbone(
-        folder, computing_dtype(stored, device), attention, place or device
-    )
+    dtype = computing_dtype(stored, device)
+    model, tokenizer = load_backbone(folder, dtype, attention, place or device)
+    if products_are_faster_wide(dtype, device):
+        widen_products(model)
     model.config.dtype = stored
     return model, tokenizer
 
