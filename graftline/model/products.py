@@ -87,7 +87,8 @@ def _scratch(name: str, *shape: int) -> Tensor:
     if held is None or held.numel() < count:
         # No inference tensor, even if inference asks first: training may use it later.
         with torch.inference_mode(False):
-            held = torch.empty(count)
+            # A model that another thread builds changes torch's default dtype meanwhile.
+            held = torch.empty(count, dtype=torch.float32)
         setattr(_kept, name, held)
     return held[:count].view(shape)
 

@@ -57,6 +57,17 @@ def test_scratch_memory_serves_inference_first_and_training_then() -> None:
     assert layer.weight.grad is not None
 
 
+def test_scratch_memory_is_wide_while_another_thread_builds_a_model() -> None:
+    layer = _layer(False)
+    products._kept.__dict__.clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer(torch.randn(FEW, 40)).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {held.dtype for held in vars(products._kept).values()} == {torch.float32}
+
+
 def test_frozen_parts_get_no_gradient() -> None:
     layer = _layer(False)
     layer.weight.requires_grad_(False)
