@@ -3,8 +3,9 @@
 Same backbone, connector, rows, batch size and number of trained weights; bf16 arithmetic in both
 (the Trainer's way: fp32 weights under autocast). Each measurement is a process of its own: that of
 Graftline with the variables that its commands set (`tasks/environment.py`), the Trainer's without
-them, as a user would start it, and once more with them. Also the floor: FLOP/s reached against
-the machine's own bf16 matmul rate. Needs the artifacts of one finished run:
+them, as a user would start it, and once more with them; and without bf16, which some CPUs multiply
+slower than float32. Also the floor: FLOP/s reached against the machine's own matmul rate, the
+higher of bf16's and float32's. Needs the artifacts of one finished run:
 
     graftline run params/starter.yaml
     python benchmarks/training.py params/starter.yaml --steps 12
@@ -19,13 +20,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 from tasks.environment import prepare
 
 GRAFTLINE, TRAINER, PREPARED = "graftline", "transformers.Trainer", "Trainer, our environment"
+FLOAT32 = "Trainer, float32"
+SIDES = (GRAFTLINE, TRAINER, PREPARED, FLOAT32)
 PLAIN = dict(os.environ)
-if TRAINER not in sys.argv:
+if TRAINER not in sys.argv and FLOAT32 not in sys.argv:
     prepare()
 
 import torch
@@ -45,17 +49,18 @@ def main() -> None:
     parser.add_argument("--modality", default="audio")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument(
-        "--rounds", type=int, default=2, help="each is measured this often, in turn"
+        "--rounds", type=int, default=3, help="each is measured this often, in turn"
     )
-    parser.add_argument("--side", choices=[GRAFTLINE, TRAINER, PREPARED], help="measure one, here")
+    parser.add_argument("--side", choices=SIDES, help="measure one, here")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
     found = artifacts(recipe, arguments.modality)
     if arguments.side:
-        measure = ours if arguments.side == GRAFTLINE else theirs
-        print(measure(recipe, arguments.modality, found, arguments.steps))
+        asked = (recipe, arguments.modality, found, arguments.steps)
+        mine = arguments.side == GRAFTLINE
+        print(ours(*asked) if mine else theirs(*asked, arguments.side != FLOAT32))
         return
-    rates: dict[str, list[float]] = {GRAFTLINE: [], TRAINER: [], PREPARED: []}
+    rates: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(arguments.rounds):
         for side, measured in rates.items():
             measured.append(apart(side))
@@ -70,6 +75,7 @@ def main() -> None:
         "tokens_per_second": rates,
         "ratio": round(best[GRAFTLINE] / best[TRAINER], 2),
         "ratio_in_one_environment": round(best[GRAFTLINE] / best[PREPARED], 2),
+        "ratio_to_float32": round(best[GRAFTLINE] / best[FLOAT32], 2),
         "matmul_flops_per_second": matmul,
         "reached_flops_per_second": 6 * weights * best[GRAFTLINE],
         "share_of_matmul_rate": round(6 * weights * best[GRAFTLINE] / matmul, 3),
@@ -127,8 +133,8 @@ class _Clock(TrainerCallback):
             self.started = time.perf_counter()
 
 
-def theirs(recipe: Recipe, modality: str, found: dict[str, Path], steps: int) -> float:
-    """The same batches through `transformers.Trainer` with `bf16=True`."""
+def theirs(recipe: Recipe, modality: str, found: dict[str, Path], steps: int, bf16: bool) -> float:
+    """The same batches through `transformers.Trainer`, with `bf16=True` or in float32."""
     loaded, batches = untrained(recipe, modality, found, torch.float32)
     made = [batches.batch(step) for step in range(WARM_UP + steps)]
     clock = _Clock()
@@ -140,7 +146,7 @@ def theirs(recipe: Recipe, modality: str, found: dict[str, Path], steps: int) ->
                 per_device_train_batch_size=1,
                 max_steps=WARM_UP + steps,
                 learning_rate=1e-4,
-                bf16=True,
+                bf16=bf16,
                 use_cpu=not torch.cuda.is_available(),
                 report_to=[],
                 save_strategy="no",
@@ -184,11 +190,12 @@ class _Batches:
 
 
 def matmul_rate() -> float:
-    """The best bf16 matmul FLOP/s of the shapes that a step has."""
+    """The best matmul FLOP/s of the shapes that a step has, in bf16 or float32."""
     best = 0.0
-    for rows, inner, columns in ((192, 576, 1536), (384, 576, 1536), (2048, 2048, 2048)):
-        left = torch.randn(rows, inner, dtype=torch.bfloat16)
-        right = torch.randn(columns, inner, dtype=torch.bfloat16)
+    shapes = ((192, 576, 1536), (384, 576, 1536), (2048, 2048, 2048))
+    for dtype, (rows, inner, columns) in product((torch.bfloat16, torch.float32), shapes):
+        left = torch.randn(rows, inner, dtype=dtype)
+        right = torch.randn(columns, inner, dtype=dtype)
         for _ in range(20):
             started = time.perf_counter()
             torch.nn.functional.linear(left, right)
