@@ -55,8 +55,8 @@ def compare(
     from graftline.comparison import comparison_of
 
     wanted = comparison_of(chosen.order, **arguments)  # its problems, before anything starts
-    text = _budget(recipe, chosen, wanted, overrides)
     if budget:
+        text = _budget(recipe, chosen, wanted, overrides)
         if text is None:
             raise GraftlineError(
                 f"{chosen.data.folder} holds no data yet, so nothing can be planned; run: "
@@ -64,11 +64,14 @@ def compare(
             )
         out.print(text, markup=False, highlight=False, soft_wrap=True)
         return
-    console.print(text or "data must be built first", markup=False, highlight=False, soft_wrap=True)
     from flows.running import run_comparison
 
+    def announce() -> None:
+        text = _budget(recipe, chosen, wanted, overrides) or "data must be built first"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     rest = {"also": also or [], "overrides": overrides}
-    folder = Path(run_comparison(str(recipe), {**arguments, **rest}, console))
+    folder = Path(run_comparison(str(recipe), {**arguments, **rest}, console, announce))
     table = (folder / "table.md").read_text(encoding="utf-8")
     out.print(table, markup=False, highlight=False, soft_wrap=True)
     for path in sorted(folder.iterdir()):

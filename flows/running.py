@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -52,18 +52,23 @@ def run_recipes(path: str, runs: Sequence[Mapping[str, Any]], console: Console) 
             yield folder
 
 
-def run_comparison(path: str, arguments: Mapping[str, Any], console: Console) -> str:
+def run_comparison(
+    path: str, arguments: Mapping[str, Any], console: Console, announce: Callable[[], None]
+) -> str:
     """Runs the flow `compare` once and returns the comparison's folder.
 
     Args:
         path: the recipe's file.
         arguments: the flow's other arguments.
         console: for progress bars.
+        announce: says what will be done. It may load Prefect, which must know its server by then:
+            else Prefect starts one of its own, that nobody stops.
 
     Raises:
         GraftlineError: a run cannot be done; finished steps and runs are kept.
     """
     with _serving(console):
+        announce()
         from flows.compare import compare
         from graftline.progress import shown
 
