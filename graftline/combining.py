@@ -1,8 +1,8 @@
 """Several finished models of one base become one: their backbones composed, their connectors kept.
 
 By a rule with a mask an expert (MMER, arXiv 2505.17110; EMR) media meet what their own model has
-learned, and so does the text beside media of one modality; text beside media of several, or none,
-meets the merged weights. By any other rule there is one backbone for all.
+learned, and so does the text behind them; a prompt without media meets the merged weights. By any
+other rule there is one backbone for all.
 """
 
 from __future__ import annotations

@@ -263,8 +263,9 @@ def _assembled(work: Work) -> LoadedModel:
         base=base.folder / "backbone" if base else None,
         experts={modality: folder / "backbone" for modality, folder in experts.items()},
         adapters={modality: folder / "backbone" for modality, folder in adapters.items()},
+        text=given.get("text", "merged"),
     )
-    return load_parts(parts, work.machine.device, given.get("text", "merged"))
+    return load_parts(parts, work.machine.device)
 
 
 def _perplexity(work: Work) -> None:

@@ -86,7 +86,7 @@ class Model:
     """A multimodal model as a plan sees it: which artifacts hold its parts.
 
     Attributes:
-        backbone: what text meets, and media too unless they are routed.
+        backbone: what all tokens meet unless media are routed; then of the merged weights.
         connectors: modality -> who holds its connector.
         experts: modality -> the backbone that its tokens meet, where they are routed to experts.
         base: theta_0, where media are routed to masked weights.

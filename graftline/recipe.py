@@ -164,8 +164,8 @@ class ComposeSettings(Part):
     text: Literal["merged", "modality"] = Field(
         "modality",
         description="what text and answers meet where media are routed: the weights of the "
-        "prompt's own modality where it shows media of one, else the merged weights; or always "
-        "the merged weights",
+        "medium that stands last before them (in a prompt without media, the merged weights); or "
+        "always the merged weights",
     )
 
 

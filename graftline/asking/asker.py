@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from graftline.model.encoders import Encoder
 from graftline.model.loading import LoadedModel, read_record
 from graftline.model.multimodal import collate
 from graftline.model.prompts import EncodedPrompt
-from graftline.model.routing.router import ATTRIBUTE, TEXT
 from graftline.recipe import KINDS
 from graftline.work import device_named
 
@@ -162,22 +161,14 @@ class Asker:
                 that it does not have.
         """
         prompts = [self.encode(turns) for turns in conversations]
-        answers = [""] * len(prompts)
-        for text_as, places in self._groups(prompts).items():
-            self._text_meets(text_as)
-            places.sort(key=lambda place: len(prompts[place].token_ids))
-            batches = []
-            for start in range(0, len(places), batch):
-                near = places[start : start + batch]
-                media = [[s.features for t in conversations[p] for s in t.media] for p in near]
-                collated = collate([prompts[p] for p in near], media, self.loaded.prompts.pad_id)
-                batches.append((list(range(start, start + len(near))), collated))
-            found = answer_batches(
-                self.loaded, batches, max_new_tokens=self.max_new_tokens, label=label
-            )
-            for place, text in zip(places, found, strict=True):
-                answers[place] = text
-        return answers
+        places = sorted(range(len(prompts)), key=lambda place: len(prompts[place].token_ids))
+        batches = []
+        for start in range(0, len(places), batch):
+            near = places[start : start + batch]
+            media = [[s.features for t in conversations[p] for s in t.media] for p in near]
+            collated = collate([prompts[p] for p in near], media, self.loaded.prompts.pad_id)
+            batches.append((near, collated))
+        return answer_batches(self.loaded, batches, max_new_tokens=self.max_new_tokens, label=label)
 
     def encode(self, turns: Sequence[Turn]) -> EncodedPrompt:
         """A conversation as the model reads it.
@@ -194,22 +185,6 @@ class Asker:
                 f"{self.max_new_tokens}; this model reads {limit}. Ask with fewer media and words."
             )
         return prompt
-
-    def _groups(self, prompts: Sequence[EncodedPrompt]) -> Mapping[int, list[int]]:
-        """Number of the modality whose weights text meets -> places of the prompts."""
-        groups: dict[int, list[int]] = {}
-        numbers = self.loaded.prompts.modality_numbers
-        for place, prompt in enumerate(prompts):
-            kinds = set(prompt.slots)
-            # Beside media of several modalities text belongs to none of them.
-            own = self.parts.routed and self.parts.text == "modality" and len(kinds) == 1
-            groups.setdefault(numbers[kinds.pop()] if own else TEXT, []).append(place)
-        return groups
-
-    def _text_meets(self, modality: int) -> None:
-        router = getattr(self.loaded.model.backbone, ATTRIBUTE, None)
-        if router is not None:
-            router.text_as = modality
 
 
 class TooLong(GraftlineError):

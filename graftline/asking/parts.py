@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from graftline.encoders import describe_encoder
 from graftline.errors import GraftlineError
 from graftline.methods import Stage
 from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
 from graftline.model.routing.composed import route_to_adapters, route_to_experts, route_to_masks
+from graftline.model.routing.router import Text
 from graftline.plan import Reference
 from graftline.run_plan import RunPlan
 from graftline.store import Store
 from graftline.work import device_named, open_backbone
-
-Text = Literal["merged", "modality"]
-"""What text meets where media are routed."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Parts:
 
     Attributes:
         name: what people read.
-        backbone: `transformers` folder of what text meets.
+        backbone: `transformers` folder; of the merged weights where media are routed.
         connectors: modality -> folder that holds its connector.
         encoders: modality -> name, sha256 and settings of its encoder, as plans record them.
         precision: dtype of the backbone.
@@ -58,11 +56,6 @@ class Parts:
     def kind_of(self, modality: str) -> str:
         """What a modality's media are."""
         return self.kinds.get(modality, modality)
-
-    @property
-    def routed(self) -> bool:
-        """Whether media meet weights of their own."""
-        return self.base is not None or bool(self.experts) or bool(self.adapters)
 
 
 def stage_of(plan: RunPlan, number: int | None) -> Stage:
@@ -132,14 +125,12 @@ def parts_of_plan(plan: RunPlan, store: Store, stage: int | None = None) -> Part
     )
 
 
-def load_parts(parts: Parts, device: str = "auto", text: Text = "merged") -> LoadedModel:
+def load_parts(parts: Parts, device: str = "auto") -> LoadedModel:
     """Loads a model with all of its connectors, routed where it has something to route to.
 
     Args:
         parts: the model.
         device: as in a recipe.
-        text: what text meets in every prompt. Whoever asks about several modalities in turn leaves
-            it at the merged weights and says for each prompt whose it meets (`Asker` does).
     """
     place = device_named(device)
     backbone = open_backbone(parts.backbone, parts.precision, parts.attention, place)
@@ -149,9 +140,10 @@ def load_parts(parts: Parts, device: str = "auto", text: Text = "merged") -> Loa
         pairs.append((record, read_connector(folder, record)))
     loaded = assemble(backbone, pairs, parts.system_prompt)
     if parts.adapters:
-        return route_to_adapters(loaded, parts.adapters, text)
+        return route_to_adapters(loaded, parts.adapters, parts.text)
     if parts.experts:
-        return route_to_experts(loaded, parts.experts, text)
+        return route_to_experts(loaded, parts.experts, parts.text)
     if parts.base is not None:
-        return route_to_masks(loaded, list(parts.connectors), parts.backbone, parts.base, text)
+        connectors = list(parts.connectors)
+        return route_to_masks(loaded, connectors, parts.backbone, parts.base, parts.text)
     return loaded

@@ -17,9 +17,9 @@ TEXT_RULE = "average"
 def composition(rule: str) -> Callable[[Planner, Sequence[str]], list[Stage]]:
     """The method that combines the experts by a rule: one stage, at whose end all are there.
 
-    With a rule that keeps a mask an expert (`mmer`, `emr`, `consensus`), each modality's tokens
-    meet their own decoupled weights; text meets those of the prompt's one modality, and the merged
-    ones where there are several, or none (`compose.text`).
+    With a rule that keeps a mask an expert (`mmer`, `emr`), each modality's tokens
+    meet their own decoupled weights; text meets those of the medium before it, and the merged ones
+    where a prompt shows none (`compose.text`).
     """
 
     def compose(planner: Planner, experts: Mapping[str, Model]) -> Model:

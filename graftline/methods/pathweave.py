@@ -20,8 +20,8 @@ from graftline.recipe import LoraSettings
 def pathweave(planner: Planner, order: Sequence[str]) -> list[Stage]:
     """Stage i learns a LoRA beside theta_0 and the sum of the earlier ones; each path is kept.
 
-    A path is stored as one product, of rank i times that of a LoRA. Text goes along with a
-    prompt's media; beside media of several modalities it meets the mean of all paths.
+    A path is stored as one product, of rank i times that of a LoRA. Text goes along with
+    the medium before it; a prompt without media meets the mean of all paths.
     """
     rank = planner.recipe.rivals.pathweave.rank
     paths: dict[str, Reference] = {}

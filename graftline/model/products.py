@@ -25,15 +25,30 @@ def widen_products(backbone: nn.Module) -> None:
             module.__class__ = WidenedLinear
 
 
+def multiply(layer: nn.Linear, rows: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Puts `rows @ weight.T` into `out` as `layer` would take it with that weight; no gradient.
+
+    Args:
+        layer: whose way of taking products it is.
+        rows: (rows, in).
+        weight: (out, in).
+        out: (rows, out).
+    """
+    if isinstance(layer, WidenedLinear) and _is_worth_widening(rows):
+        _multiplied(rows, weight, out)
+    else:
+        torch.mm(rows, weight.t(), out=out)
+
+
 class WidenedLinear(nn.Linear):
     """A linear layer whose products of bfloat16 on a CPU are those of float32, rounded once."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`: (..., in) -> (..., out)."""
-        rows = input.numel() // self.in_features
-        if rows < FEW or input.dtype != torch.bfloat16 or input.device.type != "cpu":
+        rows = input.reshape(-1, self.in_features)
+        if not _is_worth_widening(rows):
             return super().forward(input)
-        output = cast(Tensor, _Product.apply(input.reshape(rows, -1), self.weight))  # type: ignore[no-untyped-call]
+        output = cast(Tensor, _Product.apply(rows, self.weight))  # type: ignore[no-untyped-call]
         output = output.view(*input.shape[:-1], -1)
         return output if self.bias is None else output + self.bias
 
@@ -44,14 +59,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, rows: Tensor, weight: Tensor) -> Tensor:
         context.save_for_backward(rows, weight)
-        wide = _widened("rows", rows)
-        output = rows.new_empty(len(rows), len(weight))
-        for block in _blocks(weight):
-            part = weight[block]
-            product = _scratch("product", len(rows), len(part))
-            torch.mm(wide, _widened("weight", part).t(), out=product)
-            output[:, block] = product
-        return output
+        return _multiplied(rows, weight, rows.new_empty(len(rows), len(weight)))
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -70,6 +78,20 @@ class _Product(torch.autograd.Function):
                 torch.mm(own.t(), wide_rows, out=product)
                 of_weight[block] = product
         return None if summed is None else summed.to(rows.dtype), of_weight
+
+
+def _is_worth_widening(rows: Tensor) -> bool:
+    return len(rows) >= FEW and rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
+
+
+def _multiplied(rows: Tensor, weight: Tensor, output: Tensor) -> Tensor:
+    wide = _widened("rows", rows)
+    for block in _blocks(weight):
+        part = weight[block]
+        product = _scratch("product", len(rows), len(part))
+        torch.mm(wide, _widened("weight", part).t(), out=product)
+        output[:, block] = product
+    return output
 
 
 def _blocks(weight: Tensor) -> list[slice]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -19,13 +18,8 @@ from graftline.model.loading import LoadedModel
 from graftline.model.routing.adapters import read_adapters
 from graftline.model.routing.layers import routable_parameters, route_backbone
 from graftline.model.routing.model import RoutedModel
-from graftline.model.routing.router import TEXT
+from graftline.model.routing.router import Text
 from graftline.model.routing.weights import DenseWeight, MaskedWeight, Weight
-
-Text = Literal["merged", "modality"]
-"""What text and generated tokens meet: the backbone's own weights, or the modality's.
-
-Where several modalities are routed, it is always the backbone's own."""
 
 
 def route_to_experts(
@@ -144,8 +138,5 @@ def _routed(
 ) -> LoadedModel:
     numbers = loaded.model.modality_numbers
     numbered = {numbers[modality]: weights for modality, weights in variants.items()}
-    # Beside media of several modalities text belongs to none of them.
-    alone = text == "modality" and len(numbered) == 1
-    text_as = next(iter(numbered)) if alone else TEXT
-    route_backbone(loaded.model.backbone, numbered, text_as=text_as)
+    route_backbone(loaded.model.backbone, numbered, text=text)
     return replace(loaded, model=RoutedModel.around(loaded.model).eval())

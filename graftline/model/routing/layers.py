@@ -1,12 +1,12 @@
 """Routed inference: in every linear layer and norm, a token meets the weights of its modality.
 
-Text tokens, padding and everything that is generated meet the backbone's own (merged) weights.
-Attention stays one joint softmax over all tokens; embeddings and the output layer are shared
-(MMER, arXiv 2505.17110; token by token as in DAMC, arXiv 2402.12750). DAMC computes every variant
-for every token and picks afterwards. Here each token is multiplied once: tokens stand in order of
-modality, and each group meets its weights. Norms are routed too where given (DAMC shares them):
-fully fine-tuned experts differ there, and only with its own norms is an expert among others
-exactly the expert alone.
+Text and what is generated meet the backbone's own (merged) weights or, if asked, those of the
+medium before them. Attention stays one joint softmax over all tokens; embeddings and the output
+layer are shared (MMER, arXiv 2505.17110; token by token as in DAMC, arXiv 2402.12750). DAMC
+computes every variant for every token and picks afterwards. Here each token is multiplied once:
+tokens stand in order of modality, and each group meets its weights. Norms are routed too where
+given (DAMC shares them): fully fine-tuned experts differ there, and only with its own norms is an
+expert among others exactly the expert alone.
 
 What it costs: a token's arithmetic is the dense model's, but a modality's weights are read, and
 masked ones unpacked, once a pass. One short prompt is bound by that and costs up to one dense pass
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from graftline.errors import GraftlineError
-from graftline.model.routing.router import ATTRIBUTE, TEXT, Group, Router
+from graftline.model.products import multiply
+from graftline.model.routing.router import ATTRIBUTE, TEXT, Group, Router, Text
 from graftline.model.routing.weights import (
     DenseWeight,
     LowRankWeight,
@@ -107,10 +108,9 @@ class RoutedLinear(RoutedLayer):
             members = list(run)
             part = slice(members[0].start, members[-1].stop)
             matrix, bias = self._matrix(members[0].modality), self._bias(members[0].modality)
-            if bias is None:
-                torch.mm(rows[part], matrix.t(), out=output[part])
-            else:
-                torch.addmm(bias, rows[part], matrix.t(), out=output[part])
+            multiply(self.layer, rows[part], matrix, output[part])
+            if bias is not None:
+                output[part] += bias
             for group in members:
                 weight = self._weights.get(group.modality)
                 if isinstance(weight, LowRankWeight):
@@ -188,7 +188,7 @@ def route_backbone(
     backbone: Any,
     variants: Mapping[int, Mapping[str, Weight]],
     *,
-    text_as: int = TEXT,
+    text: Text = "merged",
     cache: bool = False,
 ) -> None:
     """Gives each modality's tokens their own weights in a backbone, in place.
@@ -198,11 +198,11 @@ def route_backbone(
     bare backbone see `routed`. Without either, every token is text.
 
     Args:
-        backbone: a `transformers` causal LM; its own weights are those that text meets.
+        backbone: a `transformers` causal LM; its own weights are the merged ones.
         variants: number of the modality in `Batch.modality_ids` (from 1) -> name of the
             parameter (see `routable_parameters`) -> weight. Every linear layer must be given;
             norms and biases that are not given are the backbone's own for all tokens.
-        text_as: a modality whose weights text and generated tokens meet instead.
+        text: what text and generated tokens meet.
         cache: unpack masked weights now, once, instead of in each pass: fastest, but as much
             memory as a full expert a modality.
 
@@ -212,10 +212,8 @@ def route_backbone(
     """
     if getattr(backbone, ATTRIBUTE, None) is not None:
         raise GraftlineError("The backbone is routed already; call unroute_backbone first.")
-    if text_as != TEXT and text_as not in variants:
-        raise GraftlineError(f"text_as is {text_as}, but weights are given for {sorted(variants)}.")
     _check(backbone, variants)
-    router = Router(frozenset(variants), text_as)
+    router = Router(frozenset(variants), text)
     names = {name.rpartition(".")[0] for given in variants.values() for name in given}
     for name in sorted(names):
         own = {

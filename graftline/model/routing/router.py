@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from graftline.errors import GraftlineError
 TEXT = 0
 ATTRIBUTE = "graftline_router"
 """Where a routed backbone keeps its router."""
+Text = Literal["merged", "modality"]
+"""What text and generated tokens meet: the backbone's own weights, or those of the last medium
+before them (of the first, before all media); where a prompt shows none, the backbone's own."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,13 @@ class Router:
 
     Args:
         modalities: those that have weights of their own.
-        text_as: the modality whose weights text meets; 0 for the backbone's own.
+        text: what text meets.
     """
 
-    def __init__(self, modalities: frozenset[int], text_as: int) -> None:
-        self.modalities, self.text_as = modalities, text_as
+    def __init__(self, modalities: frozenset[int], text: Text) -> None:
+        self.modalities, self.text = modalities, text
         self.modality_ids: Tensor | None = None
-        self.plan = RoutingPlan((1, 1), (Group(text_as, 0, 1),))
+        self.plan = RoutingPlan((1, 1), (Group(TEXT, 0, 1),))
         self.scratch: Tensor | None = None
         self.handles: list[Any] = []
 
@@ -127,13 +130,15 @@ class Router:
                 )
             own = self.modality_ids[:, past : past + length]
             ids[:, : own.shape[1]] = own
+            if self.text == "modality":  # what is generated stands behind the last medium
+                ids[:, own.shape[1] :] = self.modality_ids[:, -1:]
             unknown = sorted(set(own.flatten().tolist()) - self.modalities - {TEXT})
             if unknown:
                 raise GraftlineError(
                     f"The batch holds tokens of modality {unknown[0]}, which has no weights of "
                     f"its own (there are: {sorted(self.modalities)}). Route it as well."
                 )
-        return ids if self.text_as == TEXT else ids.masked_fill(ids == TEXT, self.text_as)
+        return ids
 
     def enter(self, _layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before the first decoder layer: tokens are put in order."""
@@ -159,9 +164,19 @@ def routed(backbone: Any, modality_ids: Tensor) -> Iterator[None]:
     if router is None:
         yield
         return
-    previous, router.modality_ids = router.modality_ids, modality_ids
+    whose = _of_media(modality_ids) if router.text == "modality" else modality_ids
+    previous, router.modality_ids = router.modality_ids, whose
     idle = router.plan
     try:
         yield
     finally:
         router.modality_ids, router.plan = previous, idle
+
+
+def _of_media(modality_ids: Tensor) -> Tensor:
+    """Gives text, and padding, the modality of the medium before it, or else of the first one."""
+    shown = modality_ids != TEXT
+    places = torch.arange(shown.shape[1], device=shown.device).expand_as(shown)
+    before = places.masked_fill(~shown, -1).cummax(-1).values
+    first = shown.int().argmax(-1, keepdim=True)  # 0 where no medium is shown
+    return modality_ids.gather(-1, torch.where(before < 0, first, before))

@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from graftline.model import products
 from graftline.model.multimodal import Batch, collate
 from graftline.model.prompts import MediaSlot
 from graftline.model.routing import (
     DenseWeight,
     MaskedWeight,
+    RoutedLinear,
     routable_parameters,
     route_backbone,
     routed,
@@ -34,25 +36,40 @@ from tests.graftline.model.routing_setting import (
 
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("name", ["audio", "video"])
-def test_with_text_as_a_modality_it_is_that_modalitys_dense_model(setting, name, cache) -> None:
+def test_with_text_as_the_modality_it_is_that_modalitys_dense_model(setting, name, cache) -> None:
     number = setting.model.modality_numbers[name]
     expected_model = setting.alone(number).model
     batch = setting.batch((name, "What?"), ("A longer one:", name, name, "Tell me."))
     expected, answers = logits(expected_model, batch), generate(expected_model, batch)
     assert not torch.allclose(logits(setting.model, batch), expected, **CLOSE)
-    route_backbone(setting.backbone, setting.variants, text_as=number, cache=cache)
+    route_backbone(setting.backbone, setting.variants, text="modality", cache=cache)
     torch.testing.assert_close(logits(setting.model, batch), expected, **CLOSE)
     assert torch.equal(generate(setting.model, batch), answers)
 
 
-def test_every_token_meets_its_own_weights_and_no_others(setting) -> None:
+@pytest.mark.parametrize("text", ["merged", "modality"])
+def test_every_token_meets_its_own_weights_and_no_others(setting, text) -> None:
     """Against computing every variant for every token and picking, layer by layer (DAMC)."""
     batch = setting.batch(*MIXED)
-    route_backbone(setting.backbone, setting.variants)
+    route_backbone(setting.backbone, setting.variants, text=text)
     got = logits(setting.model, batch)
     unroute_backbone(setting.backbone)
-    with picking(setting.backbone, setting.variants, batch.modality_ids):
+    ids = batch.modality_ids if text == "merged" else read_on(batch.modality_ids)
+    with picking(setting.backbone, setting.variants, ids):
         torch.testing.assert_close(got, logits(setting.model, batch), **CLOSE)
+
+
+def read_on(modality_ids: torch.Tensor) -> torch.Tensor:
+    """Token by token: text belongs to the medium last read, and before all to the first."""
+    rows = []
+    for row in modality_ids.tolist():
+        own = next((each for each in row if each), 0)
+        found = []
+        for each in row:
+            own = each or own
+            found.append(own)
+        rows.append(found)
+    return torch.tensor(rows)
 
 
 @contextmanager
@@ -124,8 +141,9 @@ def test_streamed_architectures_are_tested() -> None:
     assert set(ARCHITECTURES) >= STREAMED
 
 
-def test_a_batch_of_mixed_prompts_is_its_prompts_one_by_one(setting) -> None:
-    route_backbone(setting.backbone, setting.variants)
+@pytest.mark.parametrize("text", ["merged", "modality"])
+def test_a_batch_of_mixed_prompts_is_its_prompts_one_by_one(setting, text) -> None:
+    route_backbone(setting.backbone, setting.variants, text=text)
     batch = setting.batch(*MIXED)
     together, answers = logits(setting.model, batch), generate(setting.model, batch)
     for row, prompt in enumerate(MIXED):
@@ -135,8 +153,9 @@ def test_a_batch_of_mixed_prompts_is_its_prompts_one_by_one(setting) -> None:
         assert torch.equal(answers[row], generate(setting.model, single)[0])
 
 
-def test_left_padding_changes_nothing(setting) -> None:
-    route_backbone(setting.backbone, setting.variants)
+@pytest.mark.parametrize("text", ["merged", "modality"])
+def test_left_padding_changes_nothing(setting, text) -> None:
+    route_backbone(setting.backbone, setting.variants, text=text)
     batch = setting.batch(MIXED[3])
     pad = {name: torch.zeros(1, 5, dtype=torch.long) for name in ("token", "mask", "modality")}
     padded = Batch(
@@ -152,8 +171,9 @@ def test_left_padding_changes_nothing(setting) -> None:
     assert torch.equal(generate(setting.model, padded), generate(setting.model, batch))
 
 
-def test_generating_with_the_cache_is_generating_without(setting) -> None:
-    route_backbone(setting.backbone, setting.variants)
+@pytest.mark.parametrize("text", ["merged", "modality"])
+def test_generating_with_the_cache_is_generating_without(setting, text) -> None:
+    route_backbone(setting.backbone, setting.variants, text=text)
     batch = setting.batch(*MIXED)
     with_cache = generate(setting.model, batch)
     embedding = setting.backbone.get_input_embeddings()
@@ -196,7 +216,7 @@ def test_zero_mask_is_the_base(tiny_folder: Path) -> None:
             for name, weight in setting.variants[number].items()
         }
     }
-    route_backbone(setting.backbone, variants, text_as=number)
+    route_backbone(setting.backbone, variants, text="modality")
     torch.testing.assert_close(
         logits(setting.model, batch), logits(setting.load().model, batch), **CLOSE
     )
@@ -223,11 +243,32 @@ def test_in_bfloat16_cached_and_unpacked_weights_agree(tiny_folder: Path) -> Non
     assert torch.equal(logits(setting.model, batch), each_time)
 
 
+def test_products_are_taken_as_the_layers_own(tiny_folder: Path, monkeypatch) -> None:
+    """Where bfloat16 layers multiply in float32, routed ones do, and their bits are the same."""
+    setting = Setting(tiny_folder, "dense", torch.bfloat16)
+    number = setting.model.modality_numbers["image"]
+    batch = setting.batch(*[("image", "What is it, and what is it for?")] * 4)
+    assert batch.token_ids.numel() >= products.FEW
+    alone = setting.alone(number).model
+    for backbone in (alone.backbone, setting.backbone):
+        products.widen_products(backbone)
+    expected = logits(alone, batch)
+    route_backbone(setting.backbone, setting.variants, text="modality")
+    taken = []
+    multiplied = products._multiplied
+    monkeypatch.setattr(
+        products, "_multiplied", lambda *given: taken.append(given) or multiplied(*given)
+    )
+    assert torch.equal(logits(setting.model, batch), expected)
+    linear = sum(isinstance(module, RoutedLinear) for module in setting.backbone.modules())
+    assert len(taken) >= linear
+
+
 def test_the_loss_is_routed_too(setting) -> None:
     number = setting.model.modality_numbers["image"]
     prompt = setting.loaded.prompts.encode([MediaSlot("image"), "What?"], "red")
     batch = collate([prompt], [[torch.ones(3, 8)]], setting.loaded.prompts.pad_id)
     with torch.no_grad():
         expected = setting.alone(number).model(batch)
-        route_backbone(setting.backbone, setting.variants, text_as=number)
+        route_backbone(setting.backbone, setting.variants, text="modality")
         torch.testing.assert_close(setting.model(batch), expected, **CLOSE)

@@ -44,10 +44,11 @@ def test_removal_restores_modules_and_logits(setting) -> None:
     unroute_backbone(setting.backbone)  # a second time does nothing
 
 
-def test_text_alone_meets_the_backbones_own_weights(setting) -> None:
+@pytest.mark.parametrize("text", ["merged", "modality"])
+def test_text_alone_meets_the_backbones_own_weights(setting, text) -> None:
     batch = setting.batch(("No media at all.",))
     before = logits(setting.model, batch)
-    route_backbone(setting.backbone, setting.variants)
+    route_backbone(setting.backbone, setting.variants, text=text)
     assert torch.equal(logits(setting.model, batch), before)
     ids = batch.token_ids
     assert torch.equal(setting.backbone(input_ids=ids).logits, setting.backbone(ids).logits)
@@ -92,8 +93,6 @@ def test_missing_and_unknown_weights_are_refused(tiny_folder: Path) -> None:
         )
     with pytest.raises(GraftlineError, match="start at 1"):
         route_backbone(setting.backbone, {0: setting.variants[1]})
-    with pytest.raises(GraftlineError, match="text_as is 9"):
-        route_backbone(setting.backbone, setting.variants, text_as=9)
     route_backbone(setting.backbone, setting.variants)
     with pytest.raises(GraftlineError, match="routed already"):
         route_backbone(setting.backbone, setting.variants)
