@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from graftline.model.backbone import load_backbone
 from graftline.model.routing import (
     DenseWeight,
     LowRankWeight,
@@ -26,9 +25,9 @@ from graftline.model.routing import (
     routed,
     unroute_backbone,
 )
+from graftline.work import open_backbone
 
 MODALITIES = 4
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def main() -> None:
@@ -38,11 +37,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4, help="of one medium")
     parser.add_argument("--text", type=int, default=24, help="text tokens of a prompt")
     parser.add_argument("--rank", type=int, default=16, help="of the low-rank variants")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--words", choices=["merged", "modality"], default="modality",
+                        help="what text meets, as `compose.text`")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", default=["masked", "cached", "low-rank", "experts"])
     arguments = parser.parse_args()
-    backbone, _ = load_backbone(arguments.backbone, DTYPES[arguments.dtype])
+    backbone, _ = open_backbone(arguments.backbone, arguments.dtype, "auto", "cpu")
     makers = {
         "masked": lambda: masked(backbone),
         "cached": lambda: masked(backbone),
@@ -53,9 +54,7 @@ def main() -> None:
     for way in arguments.ways:
         variants = makers[way]()
         result[way] = {
-            f"batch {size}": compare(
-                backbone, variants, way == "cached", prompts(arguments, size), arguments.rounds
-            )
+            f"batch {size}": compare(backbone, variants, way == "cached", size, arguments)
             for size in arguments.batch
         }
     print(json.dumps({"threads": torch.get_num_threads(), **result}, indent=2))
@@ -70,15 +69,18 @@ def prompts(arguments: argparse.Namespace, size: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def compare(backbone, variants, cache: bool, ids: torch.Tensor, rounds: int) -> dict[str, float]:
+def compare(
+    backbone, variants, cache: bool, size: int, arguments: argparse.Namespace
+) -> dict[str, float]:
     """Best seconds of a prefill on both sides, and their ratio."""
+    ids = prompts(arguments, size)
     embedding = backbone.get_input_embeddings()
     tokens = torch.randint(0, embedding.num_embeddings, ids.shape)
     embedded = embedding(tokens)
     best = {"dense": float("inf"), "routed": float("inf")}
-    for _ in range(rounds):
+    for _ in range(arguments.rounds):
         best["dense"] = min(best["dense"], prefill(backbone, embedded, ids))
-        route_backbone(backbone, variants, cache=cache)
+        route_backbone(backbone, variants, text=arguments.words, cache=cache)
         prefill(backbone, embedded[:1], ids[:1])
         best["routed"] = min(best["routed"], prefill(backbone, embedded, ids))
         unroute_backbone(backbone)
