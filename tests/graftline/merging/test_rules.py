@@ -91,6 +91,20 @@ def test_what_float64_holds_is_not_sorted():
     assert core._sum_exactly([torch.full((2,), 2.0**-149)] * 3)
 
 
+@given(seed=st.integers(0, 2**32 - 1), scale=st.integers(-20, 20))
+def test_a_sum_in_bfloat16_is_rounded_once(seed: int, scale: int) -> None:
+    """Against float64, with sums of which float32 makes exactly half a step."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(5, 40, generator=generator).bfloat16()
+    tau = torch.randn(5, 40, generator=generator) * 2.0**scale
+    base[0], tau[0] = 1.0, torch.tensor([1.0, -1.0] * 20) * (2.0**-8 + 2.0**-31)
+    base[1], tau[1] = 1.0 + 2.0**-7, tau[0]
+    base[2], tau[2] = 2.0**-126, 2.0**-135
+    expected = rounded_once(base.double() + tau, torch.bfloat16)
+    assert torch.equal(added(base, tau), expected)
+    assert added(base, tau)[0, 0].item() == 1 + 2**-7, "and not 1, which is even"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_average_and_task_arithmetic_are_a_float64_reference_rounded_once(dtype, count):
