@@ -21,11 +21,11 @@ from graftline.merging.checkpoints import DTYPES
 from graftline.merging.compatibility import Job
 from graftline.weight_files import Entry
 
-BLOCK = 1 << 17
+BLOCK = 1 << 18
 """Elements computed at once: few enough that intermediate results stay in the cache, and so many
-that calls cost little beside them."""
+that calls, for each of which threads queue at the interpreter's lock, cost little beside them."""
 
-RUN = 4 * BLOCK
+RUN = 2 * BLOCK
 """Elements that one thread computes before it asks for more."""
 
 SPARSE = 128
