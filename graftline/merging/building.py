@@ -201,8 +201,7 @@ class Building:
         self, jobs: Sequence[Job], writing: Writing, places: Mapping[str, str]
     ) -> Iterator[str]:
         """Merges and writes tensors; yields the name of each that is finished."""
-        once = not hasattr(self._parameters, "scope")  # statistics would have read all before
-        with ReadAhead(jobs, with_base=self._rule.uses_base, once=once) as reading:
+        with ReadAhead(jobs, with_base=self._rule.uses_base) as reading:
             for segment, finished in self._computed(reading, self._finish):
                 name = segment.job.name
                 for weights, masks in finished:

@@ -56,7 +56,7 @@ def test_bytes_are_the_same_wherever_direct_reading_fails(
     monkeypatch.setattr(reading.os, "open", opened)
     monkeypatch.setattr(reading.os, "preadv", read)
     monkeypatch.setattr(reading, "_lies_in_the_cache", lambda descriptor: cached)
-    file = ReadFile(tmp_path / "file", once=True)
+    file = ReadFile(tmp_path / "file")
     assert bool(direct) == (place != "open" and not cached)
     try:
         for start, size in PARTS:
@@ -68,21 +68,19 @@ def test_bytes_are_the_same_wherever_direct_reading_fails(
         file.close()
 
 
-def test_what_is_read_again_goes_through_the_cache(tmp_path, monkeypatch, content):
-    opened, _, direct = refusing("nowhere")
-    monkeypatch.setattr(reading.os, "open", opened)
-    monkeypatch.setattr(reading, "_lies_in_the_cache", lambda descriptor: False)
-    ReadFile(tmp_path / "file", once=False).close()
-    assert not direct
-
-
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system does not tell")
-def test_a_file_just_read_lies_in_the_cache(tmp_path, content):
-    (tmp_path / "file").read_bytes()
+def test_a_file_lies_in_the_cache_when_it_was_read_and_not_when_it_was_dropped(tmp_path):
+    content = bytes(1 << 20)
+    with open(tmp_path / "file", "wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
     descriptor = os.open(tmp_path / "file", os.O_RDONLY)
     try:
-        if not reading._is_at_hand(descriptor, 0):
-            pytest.skip("this file system does not tell")
+        assert reading._lies_in_the_cache(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        if reading._lies_in_the_cache(descriptor):
+            pytest.skip("this file system keeps what it is told to drop")
+        assert not reading._lies_in_the_cache(descriptor), "looking is not reading"
+        assert os.pread(descriptor, len(content), 0) == content
         assert reading._lies_in_the_cache(descriptor)
     finally:
         os.close(descriptor)
