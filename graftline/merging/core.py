@@ -312,7 +312,7 @@ def added(base: Tensor, tau: Tensor) -> Tensor:
 
 
 def _added_by_float32(base: Tensor, tau: Tensor) -> Tensor:
-    """The same in a third of the time: float64 adds the few sums that float32 puts halfway.
+    """The same in half the time: float64 adds the few sums that float32 puts halfway.
 
     Rounding twice goes wrong only where the first rounding ends halfway between two bfloat16
     values, that is, with 1000... in the lower half of a float32; anywhere else it stays on the side

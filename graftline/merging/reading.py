@@ -20,6 +20,7 @@ from torch import Tensor
 
 from graftline.merging.checkpoints import DTYPES
 from graftline.merging.compatibility import Job
+from graftline.merging.writing import DIRECT
 from graftline.weight_files import Entry
 
 BLOCK = 1 << 18
@@ -33,7 +34,7 @@ SPARSE = 128
 """Of so many elements a sample has one."""
 
 _PAGE = mmap.PAGESIZE
-_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
+_LOOK = 64 << 20  # bytes of a file that tell whether it lies in the page cache
 _WORD = 8  # bytes; no dtype is wider
 _BUFFERS = 4  # one being read, one waiting, two in use
 _BUFFER_BYTES = 10 << 20  # shared by all models, so memory does not grow with their number
@@ -80,11 +81,7 @@ class ReadAhead:
     """
 
     def __init__(
-        self,
-        jobs: Sequence[Job],
-        *,
-        with_base: bool = True,
-        sparse: bool = False,
+        self, jobs: Sequence[Job], *, with_base: bool = True, sparse: bool = False
     ) -> None:
         self._jobs = jobs
         self._with_base = with_base
@@ -239,10 +236,10 @@ class ReadFile:
 
 def _opened_directly(path: Path) -> int | None:
     """A descriptor that reads past the page cache; None where that is not done."""
-    if not _DIRECT:
+    if not DIRECT:
         return None
     try:
-        return os.open(path, os.O_RDONLY | _DIRECT)
+        return os.open(path, os.O_RDONLY | DIRECT)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -250,11 +247,15 @@ def _opened_directly(path: Path) -> int | None:
 
 
 def _lies_in_the_cache(descriptor: int) -> bool:
-    """Whether most of a file does; reading some of it to see would put more there."""
-    size = os.fstat(descriptor).st_size
+    """Whether most of a file's beginning does; reading some to see would put more there."""
+    size = min(os.fstat(descriptor).st_size, _LOOK)
     if not size:
         return True
-    with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as mapped:
+    try:
+        mapped = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
+    except OSError:  # a file system that maps no files
+        return True
+    with mapped:
         pages = np.zeros(-(-size // _PAGE), np.uint8)
         content = np.frombuffer(mapped, np.uint8)
         failed = _mincore(content.ctypes.data, size, pages.ctypes.data)

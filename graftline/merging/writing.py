@@ -21,7 +21,8 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 _WAITING = 16  # pieces that wait to be written
 _PIECE = 4 << 20  # written at once, a file
-_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
+DIRECT = getattr(os, "O_DIRECT", 0)
+"""Opens a file past the page cache; Linux has it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         try:
-            self._descriptor = os.open(path, flags | _DIRECT, 0o666)
+            self._descriptor = os.open(path, flags | DIRECT, 0o666)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -131,8 +132,8 @@ class _File:
     def _through_the_cache(self) -> bool:
         """Writes as usual from here on; False: it did already."""
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
-        return bool(flags & _DIRECT)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~DIRECT)
+        return bool(flags & DIRECT)
 
 
 class Writing:

@@ -25,19 +25,26 @@ def widen_products(backbone: nn.Module) -> None:
             module.__class__ = WidenedLinear
 
 
-def multiply(layer: nn.Linear, rows: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Puts `rows @ weight.T` into `out` as `layer` would take it with that weight; no gradient.
+def multiply(
+    layer: nn.Linear, rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """Puts `rows @ weight.T + bias` into `out` as `layer` would with that weight; no gradient.
 
     Args:
         layer: whose way of taking products it is.
         rows: (rows, in).
         weight: (out, in).
+        bias: (out,), or none.
         out: (rows, out).
     """
     if isinstance(layer, WidenedLinear) and _is_worth_widening(rows):
         _multiplied(rows, weight, out)
-    else:
+        if bias is not None:
+            out += bias
+    elif bias is None:
         torch.mm(rows, weight.t(), out=out)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=out)
 
 
 class WidenedLinear(nn.Linear):

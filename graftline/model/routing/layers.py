@@ -108,9 +108,7 @@ class RoutedLinear(RoutedLayer):
             members = list(run)
             part = slice(members[0].start, members[-1].stop)
             matrix, bias = self._matrix(members[0].modality), self._bias(members[0].modality)
-            multiply(self.layer, rows[part], matrix, output[part])
-            if bias is not None:
-                output[part] += bias
+            multiply(self.layer, rows[part], matrix, bias, output[part])
             for group in members:
                 weight = self._weights.get(group.modality)
                 if isinstance(weight, LowRankWeight):

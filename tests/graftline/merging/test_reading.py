@@ -84,3 +84,14 @@ def test_a_file_lies_in_the_cache_when_it_was_read_and_not_when_it_was_dropped(t
         assert reading._lies_in_the_cache(descriptor)
     finally:
         os.close(descriptor)
+
+
+def test_a_file_that_cannot_be_mapped_is_read_as_usual(tmp_path, monkeypatch, content):
+    def mapped(*_given, **_named):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    room = np.frombuffer(mmap.mmap(-1, room_for(SIZE)), np.uint8)
+    monkeypatch.setattr(reading.mmap, "mmap", mapped)
+    file = ReadFile(tmp_path / "file")
+    assert np.array_equal(file.read(0, SIZE, room), content)
+    file.close()
