@@ -88,14 +88,24 @@ def elected_mean(vectors: Sequence[Tensor], scale: float) -> Tensor:
 def _elected_mean_of_two(left: Tensor, right: Tensor) -> Tensor:
     """The same without float64: a sum of two that rounds in float32 rounds but once.
 
-    Less than half the time of the general way (`test_papers.py` compares them); as there, a
-    sum must lie within float32.
+    Where one vector alone has a vote the mean is the sum, so only elements with two, a few of a
+    hundred at the paper's density, go to an election (`test_papers.py` compares with the general
+    way). As there, a sum must lie within float32.
     """
+    shape, left, right = left.shape, left.flatten(), right.flatten()
+    mean = torch.add(left, right)
+    both = np.flatnonzero((left.numpy() != 0) & (right.numpy() != 0))
+    contested = slice(None) if 4 * len(both) > len(mean) else torch.from_numpy(both)
+    mean[contested] = _mean_of_two_votes(left[contested], right[contested])
+    return mean.view(shape).add_(0.0)
+
+
+def _mean_of_two_votes(left: Tensor, right: Tensor) -> Tensor:
     direction = _elected((left, right))
     left = (left * direction).clamp_(min=0.0)
     right = (right * direction).clamp_(min=0.0)
     voters = torch.minimum(left, right).sign_().add_(1.0)  # 2 if both agree
-    return left.add_(right).div_(voters).mul_(direction).add_(0.0)
+    return left.add_(right).div_(voters).mul_(direction)
 
 
 def _elected(rows: Sequence[Tensor]) -> Tensor:

@@ -69,12 +69,13 @@ def test_ties_of_two_is_the_papers_formula_too(rows, density):
 
 FLOATS = st.floats(-(2.0**126), 2.0**126, width=32)  # their sums lie within float32
 PAIRS = FLOATS.flatmap(lambda x: st.tuples(st.just(x), FLOATS | st.sampled_from([x, -x, 0.0])))
+ALONE = st.tuples(FLOATS, st.just(0.0)) | st.tuples(st.just(0.0), FLOATS)
 
 
-@given(st.lists(PAIRS, min_size=1, max_size=12))
+@given(st.lists(PAIRS, min_size=1, max_size=12), st.lists(ALONE, max_size=24))
 @settings(deadline=None)
-def test_electing_among_two_needs_no_float64(pairs):
-    left, right = torch.tensor(pairs, dtype=torch.float32).T.contiguous()
+def test_electing_among_two_needs_no_float64(pairs, alone):
+    left, right = torch.tensor(pairs + alone, dtype=torch.float32).T.contiguous()
     short = elected_mean([left, right], 1.0).numpy()
     general = elected_mean([left, right, torch.zeros_like(left)], 1.0).numpy()
     expected = _numpy_election(np.stack([left, right]).astype(np.float64)).astype(np.float32)
