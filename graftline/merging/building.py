@@ -34,7 +34,7 @@ from graftline.merging.core import (
     rounded_once,
 )
 from graftline.merging.masks import metadata
-from graftline.merging.reading import BLOCK, ReadAhead, Segment
+from graftline.merging.reading import ReadAhead, Segment, block_of
 from graftline.merging.writing import Stored, Writing, header, split
 from graftline.progress import track
 from graftline.weight_files import Origin
@@ -254,9 +254,9 @@ class Building:
     def _blocks(self, run: Segment) -> Iterator[tuple[int, Block]]:
         """A run's blocks and where they begin; notes and leaves out those with NaN."""
         size, tensors = run.job.base.elements, run.tensors
-        with_base = len(tensors) > len(run.job.experts)
-        for start in range(0, tensors[0].numel(), BLOCK):
-            pieces = [tensor[start : start + BLOCK] for tensor in tensors]
+        with_base, length = len(tensors) > len(run.job.experts), block_of(len(tensors))
+        for start in range(0, tensors[0].numel(), length):
+            pieces = [tensor[start : start + length] for tensor in tensors]
             healthy = True
             for number, piece in enumerate(() if self._healthy else pieces):
                 if not _finite(piece):

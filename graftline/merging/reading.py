@@ -24,8 +24,9 @@ from graftline.merging.writing import DIRECT
 from graftline.weight_files import Entry
 
 BLOCK = 1 << 18
-"""Elements computed at once: few enough that intermediate results stay in the cache, and so many
-that calls, for each of which threads queue at the interpreter's lock, cost little beside them."""
+"""Elements computed at once, of up to three models: few enough that intermediate results stay in
+the cache, and so many that calls, for each of which threads queue at the interpreter's lock, cost
+little beside them."""
 
 RUN = 2 * BLOCK
 """Elements that one thread computes before it asks for more."""
@@ -33,6 +34,7 @@ RUN = 2 * BLOCK
 SPARSE = 128
 """Of so many elements a sample has one."""
 
+_MODELS = 3  # whose blocks have `BLOCK` elements
 _PAGE = mmap.PAGESIZE
 _LOOK = 64 << 20  # bytes of a file that tell whether it lies in the page cache
 _WORD = 8  # bytes; no dtype is wider
@@ -67,6 +69,14 @@ class Segment:
             )
             for start in range(0, self.tensors[0].numel(), RUN)
         ]
+
+
+def block_of(models: int) -> int:
+    """Elements computed at once of so many models: memory and cache hold the same for all."""
+    block = BLOCK
+    while block * models > BLOCK * _MODELS:
+        block //= 2
+    return block
 
 
 class ReadAhead:

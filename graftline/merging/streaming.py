@@ -64,8 +64,8 @@ def merge_checkpoints(request: MergeRequest) -> MergeReport:
     `masks/expert-<i>.safetensors` holds each expert's mask (see `masks.decoupled_weight`).
 
     Memory: four read-ahead buffers of 10 MB each, some pieces that wait to be written, and in
-    each thread intermediate results of `BLOCK` elements; none grows with the largest tensor, and
-    only the last with the number of experts.
+    each thread intermediate results of one block, which has fewer elements the more experts there
+    are; none grows with the largest tensor, nor with the number of experts.
 
     Raises:
         UnknownRule: lists what is wrong with rule and parameters.

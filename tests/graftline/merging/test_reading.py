@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from graftline.merging import reading
-from graftline.merging.reading import ReadFile, room_for
+from graftline.merging.reading import BLOCK, ReadFile, block_of, room_for
 
 PAGE = mmap.PAGESIZE
 SIZE = 5 * PAGE + 123
@@ -95,3 +95,10 @@ def test_a_file_that_cannot_be_mapped_is_read_as_usual(tmp_path, monkeypatch, co
     file = ReadFile(tmp_path / "file")
     assert np.array_equal(file.read(0, SIZE, room), content)
     file.close()
+
+
+def test_blocks_of_all_models_hold_the_same_however_many_there_are():
+    assert block_of(1) == block_of(3) == BLOCK
+    for models in range(1, 200):
+        assert BLOCK <= block_of(models) * max(models, 3) <= 3 * BLOCK
+        assert block_of(models) % 8 == 0

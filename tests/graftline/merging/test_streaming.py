@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from graftline.merging import building, reading
+from graftline.merging import reading
 from graftline.merging.compatibility import CannotMergeCheckpoints
 from graftline.merging.core import Block, Context, added, decoupled, walk_over
 from graftline.merging.masks import decoupled_weight, load_masks
@@ -115,8 +115,7 @@ def test_small_buffers_and_many_threads_change_no_byte(tmp_path, monkeypatch, na
     torch.set_num_threads(4)
     try:
         merge_checkpoints(MergeRequest(name, base, experts, tmp_path / "whole"))
-        for module in (building, reading):
-            monkeypatch.setattr(module, "BLOCK", 64)
+        monkeypatch.setattr(reading, "BLOCK", 64)
         monkeypatch.setattr(reading, "RUN", 128)
         monkeypatch.setattr(reading, "_BUFFER_BYTES", 4096)
         merge_checkpoints(MergeRequest(name, base, experts, tmp_path / "cut"))
