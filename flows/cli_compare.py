@@ -36,6 +36,14 @@ def compare(
         list[str] | None,
         typer.Option(metavar="NAME", help="Another recipe's name, whose reports come beside."),
     ] = None,
+    trust_reports: Annotated[
+        bool,
+        typer.Option(
+            "--trust-reports",
+            help="A run whose report is of this very version of recipe, data and code is finished, "
+            "even if its artifacts are not here, as after a clone.",
+        ),
+    ] = False,
     settings: Settings = None,
     budget: Annotated[
         bool, typer.Option("--budget", help="Only say what is cached and what must run.")
@@ -56,7 +64,7 @@ def compare(
 
     wanted = comparison_of(chosen.order, **arguments)  # its problems, before anything starts
     if budget:
-        text = _budget(recipe, chosen, wanted, overrides)
+        text = _budget(recipe, chosen, wanted, overrides, trust_reports)
         if text is None:
             raise GraftlineError(
                 f"{chosen.data.folder} holds no data yet, so nothing can be planned; run: "
@@ -67,10 +75,11 @@ def compare(
     from flows.running import run_comparison
 
     def announce() -> None:
-        text = _budget(recipe, chosen, wanted, overrides) or "data must be built first"
+        known = _budget(recipe, chosen, wanted, overrides, trust_reports)
+        text = known or "data must be built first"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    rest = {"also": also or [], "overrides": overrides}
+    rest = {"also": also or [], "trust_reports": trust_reports, "overrides": overrides}
     folder = Path(run_comparison(str(recipe), {**arguments, **rest}, console, announce))
     table = (folder / "table.md").read_text(encoding="utf-8")
     out.print(table, markup=False, highlight=False, soft_wrap=True)
@@ -79,7 +88,11 @@ def compare(
 
 
 def _budget(
-    path: Path, recipe: Recipe, wanted: Comparison, overrides: dict[str, Any]
+    path: Path,
+    recipe: Recipe,
+    wanted: Comparison,
+    overrides: dict[str, Any],
+    trust_reports: bool,
 ) -> str | None:
     """What the comparison will cost; `None` while there are no data to plan with."""
     from tasks.own_data import known_data
@@ -89,6 +102,18 @@ def _budget(
         return None
     from graftline.budget import budget_of, plans_of
     from graftline.stores import open_store
+    from tasks.comparing import is_reported
+    from tasks.outputs import report_folder, usual_order
 
-    plans = plans_of(str(path), wanted, overrides, data.files)
-    return budget_of([plan for _, plan in plans], open_store(recipe.store, verify="quick")).text()
+    usual = usual_order(str(path))
+    plans = [plan for _, plan in plans_of(str(path), wanted, overrides, data.files)]
+    lacking = [
+        plan
+        for plan in plans
+        if not (trust_reports and is_reported(plan, report_folder(plan.recipe, usual)))
+    ]
+    reported = f"{len(plans) - len(lacking)} of {len(plans)} runs are finished by their reports"
+    if not lacking:
+        return reported
+    text = budget_of(lacking, open_store(recipe.store, verify="quick")).text()
+    return f"{reported}\n{text}" if trust_reports else text

@@ -23,6 +23,7 @@ from tasks.comparing import (
     comparison_tags,
     computing_seconds,
     is_finished,
+    is_reported,
     record_comparison,
     reports_of,
     write_comparison,
@@ -47,6 +48,7 @@ def compare(
     orders: str = "default",
     order_seeds: str | None = None,
     also: Sequence[str] = (),
+    trust_reports: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> str:
     """Runs what a comparison still lacks, and compares.
@@ -60,6 +62,8 @@ def compare(
         orders: `default`, `latin`, `all` or a list; see `graftline.comparison`.
         order_seeds: the seeds of other orders than the recipe's; the same if `None`.
         also: names of other recipes whose finished reports come beside, if they have all runs.
+        trust_reports: a run whose report is of this very plan is finished, even if its artifacts
+            are not in the store.
         overrides: dotted key -> value, for all runs; wins over the file.
 
     Returns:
@@ -82,13 +86,18 @@ def compare(
         data = versioned(recipe)
         groups: dict[str, list[Path]] = {method: [] for method in wanted.methods}
         plans, done = plans_of(recipe_path, wanted, overrides or {}, data.files), set[Reference]()
+        reported = {
+            run
+            for run, plan in plans
+            if trust_reports and is_reported(plan, report_folder(plan.recipe, usual))
+        }
         if recipe.execution.where == "workers":
             place = Place(recipe.store, Machine.of(recipe))
-            carry_out_all([plan for _, plan in plans], place, data)
+            carry_out_all([plan for run, plan in plans if run not in reported], place, data)
         for run, plan in plans:
             report = report_folder(plan.recipe, usual)
             name = run_name(plan.recipe, usual)
-            if is_finished(plan, report, done):
+            if run in reported or is_finished(plan, report, done):
                 _log.info("%s: finished before", name)
             else:
                 titled = continual.with_options(flow_run_name=f"{recipe.name} {name}")

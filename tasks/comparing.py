@@ -59,20 +59,31 @@ class Compared:
     identity: str
 
 
+def is_reported(plan: RunPlan, folder: Path) -> bool:
+    """Whether a run's report is of this very result, wherever its artifacts are.
+
+    Args:
+        plan: the run.
+        folder: its report.
+    """
+    metrics = metrics_in(folder)
+    whole = has_costs(metrics) and (folder / "examples.csv").exists()
+    return whole and metrics.get("fingerprint") == plan.fingerprint
+
+
 def is_finished(plan: RunPlan, folder: Path, done: set[Reference]) -> bool:
-    """Whether a run's steps are in the store and its report is of this very result.
+    """Whether a run is reported and its steps are in the store.
 
     Args:
         plan: the run.
         folder: its report.
         done: steps that were found earlier, which are not looked at again; gets what is found.
     """
-    metrics = metrics_in(folder)
-    if metrics.get("fingerprint") != plan.fingerprint or not has_costs(metrics):
+    if not is_reported(plan, folder):
         return False
     store = open_store(plan.recipe.store, verify="quick")
     done |= {r for r, step in plan.steps.items() if r not in done and is_done(step, store)}
-    return (folder / "examples.csv").exists() and done >= plan.steps.keys()
+    return done >= plan.steps.keys()
 
 
 def reports_of(name: str, places: Sequence[tuple[Order, int]]) -> dict[str, list[Path]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
 
@@ -81,3 +82,27 @@ def test_methods_are_compared_and_nothing_is_computed_twice(copy):
     code, text = copy.run("compare", "params/tiny.yaml", "--methods", "mera")
     assert code == 0, text
     assert "mera seed 0: finished before" in text  # made by `run`
+
+
+def test_reports_alone_are_compared_after_a_clone(copy):
+    """Without artifacts nothing is computed, if reports are trusted and of this very version."""
+    code, text = copy.run("compare", "params/tiny.yaml", *PAIR)
+    assert code == 0, text
+    table = copy.folder / "reports/tiny/compare/table.csv"
+    before = table.read_bytes()
+    table.unlink()
+    shutil.rmtree(copy.folder / "artifacts")
+    arguments = ("compare", "params/tiny.yaml", *PAIR, "--trust-reports")
+    code, text = copy.run(*arguments, "--budget")
+    assert code == 0, text
+    assert "4 of 4 runs are finished by their reports" in text
+    code, text = copy.run(*arguments)
+    assert code == 0, text
+    assert table.read_bytes() == before
+    assert not any((copy.folder / "artifacts").glob("*/*/manifest.json"))
+
+    other = copy.folder / "reports/tiny/mera/order-audio-image/seed-0/metrics.json"
+    other.write_text(other.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    code, text = copy.run(*arguments, "--budget")
+    assert "3 of 4 runs are finished by their reports" in text
+    assert "1 runs;" in text
