@@ -102,18 +102,14 @@ def _budget(
         return None
     from graftline.budget import budget_of, plans_of
     from graftline.stores import open_store
-    from tasks.comparing import is_reported
-    from tasks.outputs import report_folder, usual_order
+    from tasks.comparing import reported_runs
+    from tasks.outputs import usual_order
 
-    usual = usual_order(str(path))
-    plans = [plan for _, plan in plans_of(str(path), wanted, overrides, data.files)]
-    lacking = [
-        plan
-        for plan in plans
-        if not (trust_reports and is_reported(plan, report_folder(plan.recipe, usual)))
-    ]
-    reported = f"{len(plans) - len(lacking)} of {len(plans)} runs are finished by their reports"
-    if not lacking:
-        return reported
-    text = budget_of(lacking, open_store(recipe.store, verify="quick")).text()
-    return f"{reported}\n{text}" if trust_reports else text
+    plans = plans_of(str(path), wanted, overrides, data.files)
+    reported = reported_runs(plans, usual_order(str(path))) if trust_reports else set()
+    said = [f"{len(reported)} of {len(plans)} runs are finished by their reports"]
+    lacking = [plan for run, plan in plans if run not in reported]
+    if lacking:
+        text = budget_of(lacking, open_store(recipe.store, verify="quick")).text()
+        said = [*said, text] if trust_reports else [text]
+    return "\n".join(said)

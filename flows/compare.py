@@ -14,17 +14,18 @@ from flows.continual import continual
 from flows.data import versioned
 from flows.dispatch import carry_out_all
 from graftline.budget import plans_of
-from graftline.comparison import BASELINE, comparison_of
+from graftline.comparison import BASELINE, WantedRun, comparison_of
 from graftline.plan import Reference
 from graftline.recipe import load_recipe
+from graftline.run_plan import RunPlan
 from graftline.stores import open_store
 from graftline.work import Machine
 from tasks.comparing import (
     comparison_tags,
     computing_seconds,
     is_finished,
-    is_reported,
     record_comparison,
+    reported_runs,
     reports_of,
     write_comparison,
 )
@@ -33,7 +34,7 @@ from tasks.interruption import closed_when_stopped
 from tasks.outputs import compare_folder, report_folder, run_name, usual_order
 from tasks.preflight import check_folders
 from tasks.records import recorded_run
-from tasks.references import Place
+from tasks.references import DataVersion, Place
 from tasks.stale import close_dead_runs, close_own_run
 from tasks.tracking import comparison_run
 
@@ -74,7 +75,7 @@ def compare(
     others = {
         label: paths for name in also for label, paths in reports_of(name, wanted.places).items()
     }
-    usual, folder = usual_order(recipe_path), compare_folder(recipe.name)
+    folder = compare_folder(recipe.name)
     check_folders(recipe, folder)
     check_machines(recipe)
     close_dead_runs(recipe.store)
@@ -84,25 +85,8 @@ def compare(
     ):
         record.note(prefect_flow_run=str(flow_run.id))
         data = versioned(recipe)
-        groups: dict[str, list[Path]] = {method: [] for method in wanted.methods}
-        plans, done = plans_of(recipe_path, wanted, overrides or {}, data.files), set[Reference]()
-        reported = {
-            run
-            for run, plan in plans
-            if trust_reports and is_reported(plan, report_folder(plan.recipe, usual))
-        }
-        if recipe.execution.where == "workers":
-            place = Place(recipe.store, Machine.of(recipe))
-            carry_out_all([plan for run, plan in plans if run not in reported], place, data)
-        for run, plan in plans:
-            report = report_folder(plan.recipe, usual)
-            name = run_name(plan.recipe, usual)
-            if run in reported or is_finished(plan, report, done):
-                _log.info("%s: finished before", name)
-            else:
-                titled = continual.with_options(flow_run_name=f"{recipe.name} {name}")
-                titled(recipe_path, run.changes(overrides or {}))
-            groups[run.method].append(report)
+        plans = plans_of(recipe_path, wanted, overrides or {}, data.files)
+        groups = _finished(recipe_path, plans, overrides or {}, data, trust_reports)
         baseline = BASELINE if BASELINE in groups else None
         computing = computing_seconds([plan for _, plan in plans], open_store(recipe.store))
         reports = {**groups, **others}
@@ -113,3 +97,30 @@ def compare(
                 record.note(mlflow_uri=tracked.uri, mlflow_run=tracked.run_id)
                 record_comparison(found, tracked, folder)
     return str(folder)
+
+
+def _finished(
+    recipe_path: str,
+    plans: Sequence[tuple[WantedRun, RunPlan]],
+    overrides: Mapping[str, Any],
+    data: DataVersion,
+    trust_reports: bool,
+) -> dict[str, list[Path]]:
+    """Runs what is not finished; method -> the reports of its runs."""
+    recipe, usual = plans[0][1].recipe, usual_order(recipe_path)
+    reported = reported_runs(plans, usual) if trust_reports else set()
+    if recipe.execution.where == "workers":
+        place = Place(recipe.store, Machine.of(recipe))
+        carry_out_all([plan for run, plan in plans if run not in reported], place, data)
+    groups: dict[str, list[Path]] = {}
+    done: set[Reference] = set()
+    for run, plan in plans:
+        report = report_folder(plan.recipe, usual)
+        name = run_name(plan.recipe, usual)
+        if run in reported or is_finished(plan, report, done):
+            _log.info("%s: finished before", name)
+        else:
+            titled = continual.with_options(flow_run_name=f"{recipe.name} {name}")
+            titled(recipe_path, run.changes(overrides))
+        groups.setdefault(run.method, []).append(report)
+    return groups

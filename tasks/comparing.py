@@ -11,6 +11,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from graftline.comparison import WantedRun
 from graftline.costs import activity, seconds_of
 from graftline.durable import atomic_write_text
 from graftline.errors import GraftlineError
@@ -31,7 +32,7 @@ from graftline.run_plan import RunPlan
 from graftline.store import Store
 from graftline.stores import open_store
 from tasks import tracking
-from tasks.outputs import finished_reports
+from tasks.outputs import finished_reports, report_folder
 from tasks.references import TrackedRun
 from tasks.report import has_costs, metrics_in
 
@@ -69,6 +70,18 @@ def is_reported(plan: RunPlan, folder: Path) -> bool:
     metrics = metrics_in(folder)
     whole = has_costs(metrics) and (folder / "examples.csv").exists()
     return whole and metrics.get("fingerprint") == plan.fingerprint
+
+
+def reported_runs(
+    plans: Sequence[tuple[WantedRun, RunPlan]], usual: Sequence[str]
+) -> set[WantedRun]:
+    """Those of a comparison's runs that are reported.
+
+    Args:
+        plans: every run with its plan.
+        usual: the order that the recipe's file names.
+    """
+    return {run for run, plan in plans if is_reported(plan, report_folder(plan.recipe, usual))}
 
 
 def is_finished(plan: RunPlan, folder: Path, done: set[Reference]) -> bool:
