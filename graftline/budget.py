@@ -1,13 +1,10 @@
 """What a comparison will cost, said before it starts: from its plans and the artifact store.
 
-How long a step takes is the median of what such steps took: steps of the same parameters with any
-seed where the store has them, else any of its kind.
+How long a step takes is what `graftline.history` knows of such steps.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +12,7 @@ from typing import Any
 
 from graftline.comparison import Comparison, WantedRun, prefix_stages
 from graftline.costs import lineage, model_parts
-from graftline.execution import TIMING, recorded_seconds
-from graftline.manifest import MANIFEST
+from graftline.history import History, history_of
 from graftline.plan import Reference, Step
 from graftline.recipe import ExecutionSettings, load_recipe
 from graftline.run_plan import RunPlan, plan_run
@@ -111,7 +107,7 @@ def budget_of(plans: Sequence[RunPlan], store: Store) -> Budget:
     stages = _stages(plans)
     orders = list(dict.fromkeys(plan.recipe.order for plan in plans))
     execution = plans[0].recipe.execution
-    seconds, untimed = _seconds(missing, store, execution)
+    seconds, untimed = _seconds(missing, history_of(steps.values(), store), execution)
     return Budget(
         runs=len(plans),
         prefix_tree=prefix_stages(orders),
@@ -139,42 +135,15 @@ def _stages(plans: Iterable[RunPlan]) -> dict[frozenset[Reference], frozenset[Re
 
 
 def _seconds(
-    missing: Mapping[str, Sequence[Step]], store: Store, execution: ExecutionSettings
+    missing: Mapping[str, Sequence[Step]], history: History, execution: ExecutionSettings
 ) -> tuple[float, tuple[str, ...]]:
     """Seconds in the slots, and the kinds that nothing is known of."""
-    alone: dict[str, float] = {}
-    untimed = []
-    for kind, steps in missing.items():
-        history = _history(kind, store)
-        if not history:
-            untimed.append(kind)
-            continue
-        every = statistics.median(seconds for each in history.values() for seconds in each)
-        known = {key: statistics.median(each) for key, each in history.items()}
-        alone[kind] = sum(known.get(_key(step.parameters), every) for step in steps)
+    expected = {kind: [history.expected(step) for step in each] for kind, each in missing.items()}
+    untimed = tuple(kind for kind, each in expected.items() if None in each)
+    alone = {kind: sum(seconds or 0.0 for seconds in each) for kind, each in expected.items()}
     tuning = sum(seconds for kind, seconds in alone.items() if kind.endswith("fine-tune"))
     at_once = min(execution.slots, execution.fine_tunings)
-    return max(sum(alone.values()) / execution.slots, tuning / at_once), tuple(untimed)
-
-
-def _history(kind: str, store: Store) -> dict[str, list[float]]:
-    """Parameters without the seed -> seconds of published steps of a kind."""
-    found: dict[str, list[float]] = {}
-    for file in sorted((store.root / kind).glob(f"[!.]*/{TIMING}")):
-        seconds = recorded_seconds(file.parent)
-        if seconds is None:
-            continue
-        try:
-            manifest = json.loads((file.parent / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # damaged: no history, and nobody's input here
-        found.setdefault(_key(manifest.get("parameters", {})), []).append(seconds)
-    return found
-
-
-def _key(parameters: Mapping[str, Any]) -> str:
-    kept = {name: value for name, value in parameters.items() if name != "seed"}
-    return json.dumps(kept, sort_keys=True, default=dict)
+    return max(sum(alone.values()) / execution.slots, tuning / at_once), untimed
 
 
 def _duration(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 How it is estimated:
 
-- **time**: the median of what finished steps of the same kind took in this store.
+- **time**: what `graftline.history` knows of such steps.
 - **operations** of training: 6 N tokens where the backbone learns, 4 N tokens where it is frozen or
   learns through adapters (forward 2 N; backward 2 N through the weights, and 2 N for their own
   gradients; Kaplan et al. 2020, arXiv 2001.08361). N is the backbone's parameters. Attention's own
@@ -25,7 +25,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from graftline.data.rows import split_file
-from graftline.execution import TIMING, is_done, recorded_seconds
+from graftline.execution import is_done
+from graftline.history import history_of
 from graftline.inference_costs import connector_size, encoder_shape, inference_flops
 from graftline.model.efficientnet import FrameEncoder, ImageEncoder
 from graftline.model.own_backbone import backbone_name
@@ -129,7 +130,7 @@ class StepForecast:
         step: the step.
         group: the stage that needs it first; 0 for what stands beside the stages.
         cached: whether its artifact is there.
-        seconds: the median of its kind; None without history.
+        seconds: what such steps took; None without history.
         flops: of its training; None where it trains nothing or the backbone is not known.
         memory_bytes: None where it streams or the backbone is not known.
         inference_flops: of encoding or answering; None where too little is known.
@@ -216,7 +217,7 @@ def forecast(
     groups = list(groups)
     shape = backbone_shape(recipe, groups, store)
     size = shape.parameters if shape else None
-    history = median_seconds(store)
+    history = history_of([step for _, steps in groups for step in steps], store)
     found = []
     for group, steps in groups:
         for step in steps:
@@ -225,7 +226,7 @@ def forecast(
                     step,
                     group,
                     is_done(step, store),
-                    history.get(step.kind),
+                    history.expected(step),
                     training_flops(step, size, row_tokens) if size else None,
                     step_memory(step, recipe, shape) if shape else None,
                     inference_flops(step, recipe, size, row_tokens),
@@ -252,16 +253,6 @@ def backbone_shape(
     if recipe.backbone.size is not None:
         return BackboneShape.of_config(recipe.backbone.size.model_dump())
     return KNOWN_BACKBONES.get(backbone_name(source))
-
-
-def median_seconds(store: Store) -> dict[str, float]:
-    """Kind of step -> median of what its artifacts in a store took, in seconds."""
-    found: dict[str, list[float]] = {}
-    for file in store.root.glob(f"[!.]*/[!.]*/{TIMING}"):
-        seconds = recorded_seconds(file.parent)
-        if seconds is not None:
-            found.setdefault(file.parent.parent.name, []).append(seconds)
-    return {kind: statistics.median(seconds) for kind, seconds in found.items()}
 
 
 def estimate_row_tokens(

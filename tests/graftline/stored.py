@@ -1,14 +1,16 @@
-"""An artifact for tests of stores: two sizes of files, one of them twice."""
+"""Artifacts for tests of stores: two sizes of files, one of them twice; steps with their times."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy
 from safetensors.numpy import save_file
 
-from graftline.store import Artifact
+from graftline.plan import Step
+from graftline.store import Artifact, Store
 
 STEP: dict[str, Any] = {"parameters": {"rate": 0.1}, "parents": {}, "code": "c0de"}
 
@@ -22,3 +24,19 @@ def build(folder: Path) -> None:
 
 def publish(store: Any, fingerprint: str = "f1", make: Any = build) -> Artifact:
     return store.publish("merge", fingerprint, **STEP, build=make)
+
+
+def publish_timed(store: Store, step: Step, seconds: float) -> None:
+    """A step of a plan, without its files, that took so many seconds."""
+
+    def build(folder: Path) -> None:
+        (folder / "timing.json").write_text(json.dumps({"step_seconds": seconds}))
+
+    store.publish(
+        step.kind,
+        step.reference.fingerprint,
+        parameters=dict(step.parameters),
+        parents={role: parent.fingerprint for role, parent in step.parents.items()},
+        code=step.code,
+        build=build,
+    )

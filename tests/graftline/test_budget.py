@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise, permutations
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from graftline.comparison import (
     latin_orders,
     prefix_stages,
 )
-from graftline.plan import Step
 from graftline.run_plan import RunPlan
 from graftline.store import Store
+from tests.graftline.stored import publish_timed
 
 USUAL = ("image", "audio", "video", "point_cloud")
 TINY = Path(__file__).parents[2] / "params" / "tiny.yaml"
@@ -79,20 +78,6 @@ def _plans(orders: str) -> list[RunPlan]:
     return [plan for _, plan in plans_of(TINY, wanted, {"execution.slots": 2}, FILES)]
 
 
-def _publish(store: Store, step: Step, seconds: float) -> None:
-    def build(folder: Path) -> None:
-        (folder / "timing.json").write_text(json.dumps({"step_seconds": seconds}))
-
-    store.publish(
-        step.kind,
-        step.reference.fingerprint,
-        parameters=dict(step.parameters),
-        parents={role: parent.fingerprint for role, parent in step.parents.items()},
-        code=step.code,
-        build=build,
-    )
-
-
 def test_a_budget_counts_stages_steps_and_seconds(tmp_path: Path) -> None:
     plans, store = _plans("all"), Store(tmp_path)
     nothing = budget_of(plans, store)
@@ -102,7 +87,7 @@ def test_a_budget_counts_stages_steps_and_seconds(tmp_path: Path) -> None:
     assert "time: unknown" in nothing.text()
     first = next(plan for plan in plans if plan.recipe.order == USUAL)
     for step in first.steps.values():
-        _publish(store, step, 30.0 if step.kind == "fine-tune" else 10.0)
+        publish_timed(store, step, 30.0 if step.kind == "fine-tune" else 10.0)
     after = budget_of(plans, store)
     assert after.stages == (64, 4 + 3)  # the chain; as experts, the other first stages
     assert after.steps[0] == nothing.steps[0]

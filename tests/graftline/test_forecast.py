@@ -14,7 +14,6 @@ from graftline.forecast import (
     BackboneShape,
     estimate_row_tokens,
     forecast,
-    median_seconds,
     step_memory,
     training_flops,
 )
@@ -24,6 +23,7 @@ from graftline.recipe import Recipe, load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
 from graftline.weight_files import read_header
+from tests.graftline.stored import publish_timed
 
 ROOT = Path(__file__).resolve().parents[2]
 MODALITIES = ("image", "audio", "video", "point_cloud")
@@ -87,19 +87,19 @@ def test_rows_are_measured_where_they_are(tmp_path):
     assert estimate_row_tokens(recipe, "image") == pytest.approx(expected)
 
 
-def test_time_is_the_median_of_its_kind_or_unknown(tmp_path):
-    for number, seconds in enumerate((1.0, 9.0, 2.0)):
-        folder = tmp_path / "align" / str(number)
-        folder.mkdir(parents=True)
-        (folder / "timing.json").write_text(json.dumps({"seconds": 0.5, "step_seconds": seconds}))
+def test_time_is_what_such_steps_took_or_unknown(tmp_path):
+    plan, store = plan_run(_tiny(), FILES), Store(tmp_path)
+    aligned = [step for step in plan.steps.values() if step.kind == "align"]
+    for parent in aligned[0].parents.values():
+        publish_timed(store, plan.steps[parent], 1.0)
+    publish_timed(store, aligned[0], 2.0)
     (tmp_path / "align" / "damaged").mkdir()
+    (tmp_path / "align" / "damaged" / "manifest.json").write_text("{")
     (tmp_path / "align" / "damaged" / "timing.json").write_text("{")
-    assert median_seconds(Store(tmp_path)) == {"align": 2.0}
-    plan = plan_run(_tiny(), FILES)
     groups = [(0, list(plan.steps.values()))]
-    costs = forecast(plan.recipe, groups, Store(tmp_path), dict.fromkeys(MODALITIES, 20.0))
-    aligned = sum(step.kind == "align" for step in plan.steps.values())
-    assert costs.seconds == 2.0 * aligned
+    costs = forecast(plan.recipe, groups, store, dict.fromkeys(MODALITIES, 20.0))
+    assert sum(each.step.kind == "align" for each in costs.to_run) == len(aligned) - 1
+    assert costs.seconds == 2.0 * (len(aligned) - 1) + 1.0 * 3  # and three more encoders
     assert "fine-tune" in costs.kinds_without_history
     assert "align" not in costs.kinds_without_history
 
