@@ -56,7 +56,7 @@ def search(
     files = []
     for each in searches:
         files.append(search_file(recipe, each.name))
-        write_trials(files[-1], each, trials[each.name], recipe.seed, data_md5)
+        write_trials(files[-1], each, trials[each.name], recipe, data_md5)
     return files
 
 
@@ -72,7 +72,8 @@ def describe(file: Path) -> str:
     trials = [Trial(**trial) for trial in content["trials"]]
     judged = "at the end" if content["judged_by"] == "final" else "of each modality when learned"
     lines = [
-        f"{content['rule']}: mean score x 100 {judged}, validation rows, seed {content['seed']}"
+        f"{content['rule']}: mean score x 100 {judged}, validation rows, seed {content['seed']}, "
+        f"order {', '.join(content['order'])}"
     ]
     for trial in trials:
         mark = "*" if trial == best_of(trials) else " "

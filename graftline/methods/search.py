@@ -190,16 +190,25 @@ def best_of(trials: Sequence[Trial]) -> Trial:
 
 
 def write_trials(
-    file: Path, search: Search, trials: Sequence[Trial], seed: int, data_md5: str
+    file: Path, search: Search, trials: Sequence[Trial], recipe: Recipe, data_md5: str
 ) -> None:
-    """Records a search as JSON: the budget, every trial, and the choice."""
+    """Records a search as JSON: the budget, every trial, and the choice.
+
+    Args:
+        file: where.
+        search: what was tried.
+        trials: in the order in which they were tried.
+        recipe: which order of modalities was learned, with which seed.
+        data_md5: the data's version.
+    """
     content = {
         "rule": search.method,
         "what": search.what,
         "judged_by": search.judged_by,
         "split": "validation",
         "budget": len(trials),
-        "seed": seed,
+        "seed": recipe.seed,
+        "order": list(recipe.order),
         "data_md5": data_md5,
         "chosen": dict(best_of(trials).parameters),
         "trials": [

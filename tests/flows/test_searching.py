@@ -30,14 +30,15 @@ QUICK = {"scores": {"a": 0.1, "b": 0.8}, "scores_when_learned": {"a": 0.7, "b": 
 def test_settings_are_judged_by_the_end_and_rates_by_what_was_just_learned(
     method: str, rates: bool, chosen: int, said: list[str], tmp_path: Path
 ) -> None:
-    search = search_of(method, load_recipe(TINY), rates=rates)
+    recipe = load_recipe(TINY, {"order": ["audio", "image"]})
+    search = search_of(method, recipe, rates=rates)
     trials = [
         trial_of(search, candidate, {"retention": None, **metrics})
         for candidate, metrics in zip(search.candidates[:2], (LOYAL, QUICK), strict=True)
     ]
-    write_trials(tmp_path / "search.json", search, trials, 0, "md5")
+    write_trials(tmp_path / "search.json", search, trials, recipe, "md5")
     text = describe(tmp_path / "search.json")
-    assert all(words in text for words in said), text
+    assert all(words in text for words in [*said, "order audio, image"]), text
     starred = [" * " in line for line in text.splitlines()[1:3]]
     assert starred == [chosen == 0, chosen == 1]
 

@@ -78,9 +78,11 @@ def test_the_best_is_chosen_and_the_default_wins_a_tie(tmp_path: Path) -> None:
     assert best_of(trials) == default
     trials.append(Trial({"scale": 0.3}, 80.5, {"image": 0.6, "audio": 0.3}))
     assert best_of(trials).parameters == {"scale": 0.3}
-    search = search_of("ties", load_recipe(TINY), rates=False)
-    write_trials(tmp_path / "search/ties-seed-0.json", search, trials, 0, "abc")
+    recipe = load_recipe(TINY)
+    search = search_of("ties", recipe, rates=False)
+    write_trials(tmp_path / "search/ties-seed-0.json", search, trials, recipe, "abc")
     content = json.loads((tmp_path / "search/ties-seed-0.json").read_text())
     assert content["chosen"] == {"scale": 0.3}
     assert content["split"] == "validation"
+    assert (content["seed"], content["order"]) == (0, list(recipe.order))
     assert content["budget"] == len(content["trials"]) == 3
