@@ -142,7 +142,7 @@ def _realign(work: Work) -> None:
         realign_settings(work),
         modality,
         connector,
-        parameters["fraction"],
+        parameters.get("fraction", 1.0),
         parameters["part"],
     )
 

@@ -270,19 +270,20 @@ class Planner:
         parents = {"previous": previous, "vanilla": vanilla}
         return self._add("merge", parameters, parents, "merge", stage)
 
-    def realign(self, model: Model, modality: str, stage: int) -> Reference:
+    def realign(
+        self, model: Model, modality: str, stage: int, *, on_all: bool = False
+    ) -> Reference:
         """MERA step 4: one connector trained on its replay beside the frozen merged backbone.
 
         Args:
             model: the merged backbone, and the connectors as the stage before left them.
             modality: whose connector.
             stage: i.
+            on_all: on all its rows, which are at hand at its own stage; none is kept then.
         """
-        parameters = {
-            **self._training(self.recipe.realign),
-            "modality": modality,
-            "fraction": self.recipe.replay.fraction,
-        }
+        parameters = {**self._training(self.recipe.realign), "modality": modality}
+        if not on_all:
+            parameters["fraction"] = self.recipe.replay.fraction
         parents = {
             "backbone": model.backbone,
             f"connector.{modality}": model.connectors[modality],

@@ -32,10 +32,11 @@ class DistilSettings(PhaseSettings):
     answers: float = Field(
         0.0, ge=0.0, description="weight of the answers themselves beside the distributions"
     )
-    own: Literal["drawn", "rows"] = Field(
+    own: Literal["drawn", "rows", "answers"] = Field(
         "drawn",
-        description="what the new modality's connector learns from: as old ones, or its stage's "
-        "rows, which are all at hand then",
+        description="what the new modality's connector learns from: as old ones (`drawn`); its "
+        "stage's rows, which are all at hand then, from naive fine-tuning's model (`rows`) or from "
+        "their answers, as MERA realigns (`answers`)",
     )
 
 

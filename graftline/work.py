@@ -169,7 +169,7 @@ def realign_settings(work: Work) -> PhaseSettings:
     if passes is None:
         return settings
     rows = train_rows(work.role("features")[parameters["modality"]])
-    kept = len(replay_rows(rows, parameters["fraction"], parameters["seed"]))
+    kept = len(replay_rows(rows, parameters.get("fraction", 1.0), parameters["seed"]))
     most = math.ceil(passes * math.ceil(kept / settings.batch_size))
     return settings.model_copy(update={"steps": min(settings.steps, most)})
 

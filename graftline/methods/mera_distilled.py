@@ -25,10 +25,13 @@ def distilled(planner: RealignPlanner, turn: Turn, replay: float) -> Model:
         turn: the stage.
         replay: share of each modality's rows that is seen beside what is drawn.
     """
-    connectors = {}
+    connectors, own = {}, planner.recipe.distil.own
     for name in turn.model.connectors:
+        if name == turn.modality and own == "answers":
+            connectors[name] = planner.realign(turn.model, name, turn.stage, on_all=True)
+            continue
         statistics, share = None, 0.0
-        if name != turn.modality or planner.recipe.distil.own == "drawn":
+        if name != turn.modality or own == "drawn":
             stage = 1 + list(turn.learned).index(name)
             statistics = planner.statistics(turn.learned[name], name, stage)
             share = replay

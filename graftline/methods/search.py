@@ -69,9 +69,10 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
             {"merge.depth": 0.5}, {"merge.depth": -0.5},
         ),
         "mera+": (
-            {}, {"mera_plus.replay": 0.0}, {"mera_plus.correct": True},
-            {"mera_plus.coefficient": 0.5}, {"mera_plus.depth": 0.5},
-            {"mera_plus.coefficient": 0.5, "mera_plus.depth": 0.5},
+            {}, {"distil.own": "answers"}, {"distil.own": "answers", "mera_plus.replay": 0.0},
+            {"distil.own": "answers", "mera_plus.correct": True},
+            {"distil.own": "answers", "distil.steps": 160},
+            {"distil.own": "answers", "mera_plus.coefficient": 0.5},
         ),
     }
 )  # fmt: skip

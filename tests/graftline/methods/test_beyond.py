@@ -61,6 +61,17 @@ def test_nothing_old_is_kept_where_nothing_is_replayed() -> None:
     assert sorted(fractions) == 3 * [0.0] + 6 * [0.01]  # the stage's own rows are at hand
 
 
+def test_the_new_modality_may_be_realigned_as_mera_does_on_rows_that_are_at_hand() -> None:
+    run = plan("mera+", **{"distil.own": "answers"})
+    assert len(of_kind(run, "distil")) == 6
+    for stage in run.stages[1:]:
+        step = run.steps[stage.final.connectors[stage.modality]]
+        assert (step.kind, step.stage) == ("realign", stage.index)
+        assert step.parameters["modality"] == stage.modality
+        assert step.parents["backbone"] == stage.merged.backbone
+        assert "fraction" not in step.parameters  # all rows; none is kept for later
+
+
 def test_a_connector_is_taught_by_the_model_that_it_was_trained_in() -> None:
     run = plan("mera-distilled")
     for before, stage in zip(run.stages, run.stages[1:], strict=False):

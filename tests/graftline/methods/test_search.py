@@ -48,7 +48,7 @@ def test_every_rival_has_the_same_budget_of_valid_different_settings(method: str
     search = search_of(method, load_recipe(TINY), rates=False)
     assert (search.judged_by, search.name) == ("final", method)
     found = [load_recipe(TINY, search.overrides(each)) for each in search.candidates]
-    own = [(each.rivals, each.merge, each.mera_plus) for each in found]
+    own = [(each.rivals, each.merge, each.distil, each.mera_plus) for each in found]
     assert len(found) == BUDGET == len({repr(each) for each in own})
     assert found[0].model_dump(exclude={"method", "evaluation"}) == load_recipe(TINY).model_dump(
         exclude={"method", "evaluation"}
