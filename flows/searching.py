@@ -87,5 +87,5 @@ def _as_recipe(content: Mapping[str, Any]) -> str:
     if content["what"] == "parameters":
         return f"compose: {{parameters: {{{content['rule']}: {json.dumps(chosen)}}}}}"
     if not chosen:
-        return "what it says already"
+        return "what it says already" if content["what"] == "rates" else "the defaults"
     return "  ".join(f"--set {key}={value}" for key, value in chosen.items())

@@ -84,13 +84,23 @@ _RATES = ((1.0, 1), (1 / 3, 1), (3.0, 1), (1.0, 2), (1 / 3, 2), (3.0, 2))
 JudgedBy = Literal["final", "when learned"]
 
 
+def _default(key: str) -> tuple[str, Any]:
+    """A dotted recipe key with its default: what is searched does not depend on what was chosen."""
+    part: Any = Recipe
+    *groups, last = key.split(".")
+    for group in groups:
+        part = part.model_fields[group].annotation
+    return key, part.model_fields[last].get_default()
+
+
 @dataclass(frozen=True)
 class Search:
     """What is tried for one method, and what decides.
 
     Attributes:
         method: a merge rule or a continual method.
-        candidates: what differs from the recipe; the first is the recipe as it is.
+        candidates: what differs from the defaults, or for rates from the recipe; the first is
+            these themselves.
         judged_by: `final`: the mean over modalities of the last model's scores; `when learned`:
             the mean over stages of what the newest modality scores.
         what: `parameters` of a rule, `settings` of another method, or `rates`.
@@ -111,8 +121,9 @@ class Search:
         if self.what == "parameters":
             own: dict[str, Any] = {f"compose.parameters.{self.method}": candidate}
         else:
+            keys = {key for each in self.candidates for key in each} if self.what != "rates" else ()
             # what is compared is the chain's own scores; a merge rule's experts are shared anyway
-            own = {**candidate, "evaluation.references": False}
+            own = {**dict(map(_default, keys)), **candidate, "evaluation.references": False}
         asked = {"evaluation.split": "validation", "evaluation.joint": False}
         return {"method": self.method, **asked, **own}
 

@@ -19,7 +19,7 @@ QUICK = {"scores": {"a": 0.1, "b": 0.8}, "scores_when_learned": {"a": 0.7, "b": 
 @pytest.mark.parametrize(
     ("method", "rates", "chosen", "said"),
     [
-        ("ewc", False, 0, ["*   50.0  {}", "in the recipe: what it says already"]),
+        ("ewc", False, 0, ["*   50.0  {}", "in the recipe: the defaults"]),
         (
             "ewc", True, 1,
             ["*   75.0", "--set fine_tune.learning_rate=0.0001  --set fine_tune.steps=6"],

@@ -58,6 +58,14 @@ def test_every_rival_has_the_same_budget_of_valid_different_settings(method: str
         assert not recipe.evaluation.references
 
 
+@pytest.mark.parametrize("method", SETTINGS)
+def test_what_was_chosen_does_not_change_what_is_searched(method: str) -> None:
+    search = search_of(method, load_recipe(TINY), rates=False)
+    default, *_, last = (search.overrides(candidate) for candidate in search.candidates)
+    chosen = load_recipe(TINY, {**last, **default})  # the default over a recipe with the last one
+    assert repr(chosen) == repr(load_recipe(TINY, default))
+
+
 @pytest.mark.parametrize("method", RATED)
 def test_rates_are_tried_around_the_recipe_s_and_judged_by_the_newest(method: str) -> None:
     recipe = load_recipe(TINY)
