@@ -62,7 +62,7 @@ def _manifests(store: Store) -> dict[str, tuple[Path, dict[str, Any]]]:
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
             found[manifest["fingerprint"]] = file.parent, manifest
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged: no history, and nobody's input here
     return found
 

@@ -94,7 +94,7 @@ def test_time_is_what_such_steps_took_or_unknown(tmp_path):
         publish_timed(store, plan.steps[parent], 1.0)
     publish_timed(store, aligned[0], 2.0)
     (tmp_path / "align" / "damaged").mkdir()
-    (tmp_path / "align" / "damaged" / "manifest.json").write_text("{")
+    (tmp_path / "align" / "damaged" / "manifest.json").write_text("[]")
     (tmp_path / "align" / "damaged" / "timing.json").write_text("{")
     groups = [(0, list(plan.steps.values()))]
     costs = forecast(plan.recipe, groups, store, dict.fromkeys(MODALITIES, 20.0))
