@@ -7,8 +7,8 @@ alone, so the chain of sixteen holds those of two, four and eight.
     python benchmarks/growth.py --data data --out reports/tiny/growth
 
 Writes `growth.csv` (a row a method and stage) and `growth.png`. Seconds are those of the steps, one
-after another with one thread; memory is the most that is anonymous while the stage's steps run,
-beyond what the process held before its first step; storage is what the next stage needs: one
+after another with one thread; memory is the most of the process that is anonymous while the stage's
+steps run, libraries and what Python keeps included; storage is what the next stage needs: one
 backbone, all connectors, and what is kept of each modality (replayed features or statistics).
 """
 
@@ -140,7 +140,7 @@ def grown(recipe: Recipe, features: dict[str, Path], store: Store) -> list[dict[
         kind, _, part = name.rpartition("_")
         publish_part(planner.steps[planner.features(name)], features[kind], int(part), store)
     execute(planner.steps[planner.backbone()], store, machine)
-    held, rows = anonymous_bytes(), []
+    rows = []
     for stage in stages:
         wanted = [stage.final.backbone, *stage.final.connectors.values()]
         steps = missing(planner, store, wanted)
@@ -154,7 +154,7 @@ def grown(recipe: Recipe, features: dict[str, Path], store: Store) -> list[dict[
             folder = store.folder(step.kind, step.reference.fingerprint)
             row[column] += recorded_seconds(folder) or 0.0  # type: ignore[operator]
         row["realign_steps"] = sum(GROUPS[step.kind] == "realign" for step in steps)
-        row["peak_anonymous_bytes"] = watched.peak - held
+        row["peak_anonymous_bytes"] = watched.peak
         row["kept_bytes"] = kept_bytes(recipe, planner, store, wanted, recipe.order[: stage.index])
         row["written_bytes"] = sum(
             size_of(store.folder(step.kind, step.reference.fingerprint)) for step in steps
