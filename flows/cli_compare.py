@@ -107,9 +107,10 @@ def _budget(
 
     plans = plans_of(str(path), wanted, overrides, data.files)
     reported = reported_runs(plans, usual_order(str(path))) if trust_reports else set()
-    said = [f"{len(reported)} of {len(plans)} runs are finished by their reports"]
+    said = []
+    if trust_reports:
+        said.append(f"{len(reported)} of {len(plans)} runs are finished by their reports")
     lacking = [plan for run, plan in plans if run not in reported]
     if lacking:
-        text = budget_of(lacking, open_store(recipe.store, verify="quick")).text()
-        said = [*said, text] if trust_reports else [text]
+        said.append(budget_of(lacking, open_store(recipe.store, verify="quick")).text())
     return "\n".join(said)

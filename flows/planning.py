@@ -214,7 +214,7 @@ def cost_table(prospect: Prospect) -> Table:
 
 def _time(costs: Forecast, slots: int) -> tuple[str, str]:
     unknown = costs.kinds_without_history
-    source = "median of finished steps of each kind in this store"
+    source = "median of such steps, or of their kind, of the same LLM in this store"
     if slots > 1:
         source += f"; one after another, and {slots} may run side by side"
     if not unknown:

@@ -107,7 +107,9 @@ def budget_of(plans: Sequence[RunPlan], store: Store) -> Budget:
     stages = _stages(plans)
     orders = list(dict.fromkeys(plan.recipe.order for plan in plans))
     execution = plans[0].recipe.execution
-    seconds, untimed = _seconds(missing, history_of(steps.values(), store), execution)
+    # a store may hold thousands of steps, which nobody asks where nothing is missing
+    history = history_of(steps.values(), store) if missing else History({}, {})
+    seconds, untimed = _seconds(missing, history, execution)
     return Budget(
         runs=len(plans),
         prefix_tree=prefix_stages(orders),

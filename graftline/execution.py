@@ -41,7 +41,15 @@ from graftline.team import current
 from graftline.together import carried_out_together, carry_out_together
 from graftline.training import phases
 from graftline.training.resampling import align_resampler
-from graftline.work import Machine, Work, call_of, load, phase_settings, realign_settings
+from graftline.work import (
+    Machine,
+    Work,
+    call_of,
+    load,
+    phase_settings,
+    realign_settings,
+    seen_share,
+)
 
 TIMING = "timing.json"
 
@@ -142,7 +150,7 @@ def _realign(work: Work) -> None:
         realign_settings(work),
         modality,
         connector,
-        parameters.get("fraction", 1.0),
+        seen_share(work),
         parameters["part"],
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +18,20 @@ from graftline.store import Store
 
 @dataclass(frozen=True)
 class History:
-    """What steps of the same LLM took.
+    """What steps of the same LLM took, in seconds.
 
     Attributes:
-        seconds: kind -> parameters without the seed -> seconds of each step.
+        alike: kind, and parameters without the seed -> the median of such steps.
+        of_kind: kind -> the median of its steps.
     """
 
-    seconds: Mapping[str, Mapping[str, list[float]]]
+    alike: Mapping[tuple[str, str], float]
+    of_kind: Mapping[str, float]
 
     def expected(self, step: Step) -> float | None:
         """Seconds: the median of such steps with any seed, else of its kind; None without one."""
-        alike = self.seconds.get(step.kind, {})
-        every = [seconds for each in alike.values() for seconds in each]
-        known = alike.get(_key(step.parameters), every)
-        return statistics.median(known) if known else None
+        key = step.kind, _without_seed(step.parameters)
+        return self.alike.get(key, self.of_kind.get(step.kind))
 
 
 def history_of(steps: Iterable[Step], store: Store) -> History:
@@ -43,49 +44,58 @@ def history_of(steps: Iterable[Step], store: Store) -> History:
         store: what is there; damaged artifacts are passed over.
     """
     own = {step.reference.fingerprint for step in steps if step.kind == "backbone"}
-    manifests = _manifests(store)
+    finished = _finished(store)
     sources: dict[str, frozenset[str]] = {}
-    found: dict[str, dict[str, list[float]]] = {}
-    for folder, manifest in manifests.values():
-        seconds = recorded_seconds(folder)
-        if seconds is None or not _sources(manifest["fingerprint"], manifests, sources) <= own:
-            continue
-        alike = found.setdefault(manifest["kind"], {})
-        alike.setdefault(_key(manifest.get("parameters", {})), []).append(seconds)
-    return History(found)
+    alike: dict[tuple[str, str], list[float]] = defaultdict(list)
+    of_kind: dict[str, list[float]] = defaultdict(list)
+    for fingerprint, step in finished.items():
+        seconds = recorded_seconds(step.folder)
+        if seconds is not None and _sources(fingerprint, finished, sources) <= own:
+            alike[step.kind, _without_seed(step.parameters)].append(seconds)
+            of_kind[step.kind].append(seconds)
+    return History(
+        {key: statistics.median(each) for key, each in alike.items()},
+        {kind: statistics.median(each) for kind, each in of_kind.items()},
+    )
 
 
-def _manifests(store: Store) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Fingerprint -> folder and manifest of every published step."""
+@dataclass(frozen=True)
+class _Finished:
+    """What a published step's manifest says of it."""
+
+    folder: Path
+    kind: str
+    parameters: Mapping[str, Any]
+    parents: Mapping[str, str]
+
+
+def _finished(store: Store) -> dict[str, _Finished]:
+    """Fingerprint -> published step."""
     found = {}
     for file in sorted(store.root.glob(f"[!.]*/[!.]*/{MANIFEST}")):
         try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            found[manifest["fingerprint"]] = file.parent, manifest
+            said = json.loads(file.read_text(encoding="utf-8"))
+            step = _Finished(file.parent, said["kind"], said["parameters"], said["parents"])
+            found[said["fingerprint"]] = step
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged: no history, and nobody's input here
     return found
 
 
 def _sources(
-    fingerprint: str,
-    manifests: Mapping[str, tuple[Path, Mapping[str, Any]]],
-    known: dict[str, frozenset[str]],
+    fingerprint: str, finished: Mapping[str, _Finished], known: dict[str, frozenset[str]]
 ) -> frozenset[str]:
     """The LLMs that a step comes from; what is not there any more counts as one."""
     if fingerprint not in known:
-        parents: Mapping[str, str] = {}
-        if fingerprint in manifests:
-            manifest = manifests[fingerprint][1]
-            parents = manifest.get("parents", {})
-        if fingerprint not in manifests or manifest["kind"] == "backbone":
+        step = finished.get(fingerprint)
+        if step is None or step.kind == "backbone":
             known[fingerprint] = frozenset({fingerprint})
         else:
-            behind = (_sources(parent, manifests, known) for parent in parents.values())
+            behind = (_sources(parent, finished, known) for parent in step.parents.values())
             known[fingerprint] = frozenset().union(*behind)
     return known[fingerprint]
 
 
-def _key(parameters: Mapping[str, Any]) -> str:
+def _without_seed(parameters: Mapping[str, Any]) -> str:
     kept = {name: value for name, value in parameters.items() if name != "seed"}
     return json.dumps(kept, sort_keys=True, default=dict)

@@ -21,7 +21,14 @@ from graftline.realignment.statistics import (
 )
 from graftline.realignment.weighted_merge import merge_weighted
 from graftline.training import phases
-from graftline.work import Work, call_of, open_backbone, phase_settings, realign_settings
+from graftline.work import (
+    Work,
+    call_of,
+    open_backbone,
+    phase_settings,
+    realign_settings,
+    seen_share,
+)
 
 
 def weighted_merge(work: Work) -> None:
@@ -104,6 +111,6 @@ def realign_masked(work: Work) -> None:
         realign_settings(work),
         modality,
         work.role("connector")[modality],
-        parameters["fraction"],
+        seen_share(work),
         parameters["part"],
     )

@@ -169,9 +169,14 @@ def realign_settings(work: Work) -> PhaseSettings:
     if passes is None:
         return settings
     rows = train_rows(work.role("features")[parameters["modality"]])
-    kept = len(replay_rows(rows, parameters.get("fraction", 1.0), parameters["seed"]))
+    kept = len(replay_rows(rows, seen_share(work), parameters["seed"]))
     most = math.ceil(passes * math.ceil(kept / settings.batch_size))
     return settings.model_copy(update={"steps": min(settings.steps, most)})
+
+
+def seen_share(work: Work) -> float:
+    """Share of its modality's training rows that a realigning step sees: all if none is named."""
+    return float(work.step.parameters.get("fraction", 1.0))
 
 
 def train_rows(features: Path) -> int:

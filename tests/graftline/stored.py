@@ -32,11 +32,4 @@ def publish_timed(store: Store, step: Step, seconds: float) -> None:
     def build(folder: Path) -> None:
         (folder / "timing.json").write_text(json.dumps({"step_seconds": seconds}))
 
-    store.publish(
-        step.kind,
-        step.reference.fingerprint,
-        parameters=dict(step.parameters),
-        parents={role: parent.fingerprint for role, parent in step.parents.items()},
-        code=step.code,
-        build=build,
-    )
+    step.publish(store, build)
