@@ -18,11 +18,9 @@ from graftline.comparison import BASELINE, WantedRun, comparison_of
 from graftline.plan import Reference
 from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan
-from graftline.stores import open_store
 from graftline.work import Machine
 from tasks.comparing import (
     comparison_tags,
-    computing_seconds,
     is_finished,
     record_comparison,
     reported_runs,
@@ -88,9 +86,8 @@ def compare(
         plans = plans_of(recipe_path, wanted, overrides or {}, data.files)
         groups = _finished(recipe_path, plans, overrides or {}, data, trust_reports)
         baseline = BASELINE if BASELINE in groups else None
-        computing = computing_seconds([plan for _, plan in plans], open_store(recipe.store))
         reports = {**groups, **others}
-        found = write_comparison(recipe.name, reports, baseline, computing, folder)
+        found = write_comparison(recipe.name, reports, baseline, folder)
         title = f"comparison of {len(found.methods)} methods"
         with comparison_run(recipe.name, title, comparison_tags(found)) as tracked:
             if tracked is not None:

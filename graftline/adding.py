@@ -20,8 +20,8 @@ from graftline.asking.bundle import (
     read_description,
 )
 from graftline.encoders import describe_encoder
+from graftline.evaluation.cells import ScoreCell
 from graftline.evaluation.gains import Gain, retention
-from graftline.evaluation.report import ScoreCell
 from graftline.methods import Stage
 from graftline.methods.mera import HALVES, add_stage, halves_of
 from graftline.plan import Model, Planner, Reference, Step

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from graftline.data.examples import replay_rows
-from graftline.evaluation.report import JOINT
+from graftline.evaluation.cells import JOINT
 from graftline.execution import TIMING
 from graftline.model.loading import read_record
 from graftline.plan import Reference, Step
@@ -88,6 +88,27 @@ def activity(kind: str) -> Activity:
 def seconds_of(steps: Iterable[Step], store: Store) -> float:
     """What finished steps took when they were computed, whichever run did that."""
     return math.fsum(seconds for step in steps if (seconds := step_seconds(step, store)))
+
+
+def seconds_by_step(plan: RunPlan, store: Store) -> dict[str, float]:
+    """`<kind>/<fingerprint>` -> what each finished step of a plan took."""
+    found = {
+        f"{reference.kind}/{reference.fingerprint}": step_seconds(step, store)
+        for reference, step in plan.steps.items()
+    }
+    return {name: seconds for name, seconds in sorted(found.items()) if seconds is not None}
+
+
+def seconds_by_activity(by_step: Iterable[Mapping[str, float]]) -> dict[Activity, float]:
+    """Activity -> what its steps took in all runs, a step that several share counted once.
+
+    Args:
+        by_step: of each run, from `seconds_by_step`.
+    """
+    found: dict[Activity, float] = dict.fromkeys(get_args(Activity), 0.0)
+    for name, seconds in {key: value for run in by_step for key, value in run.items()}.items():
+        found[activity(name.partition("/")[0])] += seconds
+    return found
 
 
 def step_seconds(step: Step, store: Store) -> float | None:

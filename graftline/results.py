@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from graftline.costs import seconds_of
 from graftline.errors import GraftlineError
-from graftline.evaluation.report import RunScores, ScoreCell
+from graftline.evaluation.cells import ScoreCell
+from graftline.evaluation.report import RunScores
 from graftline.evaluation.scoring import METRICS
 from graftline.plan import Reference
 from graftline.run_plan import PlannedScore, RunPlan
@@ -55,11 +56,7 @@ def collect(
         wall_seconds=wall_seconds,
         computing_seconds=seconds_of(plan.steps.values(), store),
         merging_seconds=seconds_of(
-            (
-                step
-                for step in plan.steps.values()
-                if step.kind in ("merge", "weighted-merge", "compose")
-            ),
+            (step for step in plan.steps.values() if step.kind in _MERGES),
             store,
         ),
         storage_bits=_storage_bits(plan, store),

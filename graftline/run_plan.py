@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
 
-from graftline.evaluation.report import JOINT, ScoreCell
+from graftline.evaluation.cells import JOINT, ScoreCell
 from graftline.evaluation.scoring import JOINT_TASKS
 from graftline.methods import Stage, method_named
 from graftline.methods.experts import expert

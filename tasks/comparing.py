@@ -12,7 +12,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from graftline.comparison import WantedRun
-from graftline.costs import activity, seconds_of
+from graftline.costs import seconds_by_activity
 from graftline.durable import atomic_write_text
 from graftline.errors import GraftlineError
 from graftline.evaluation.bootstrap import Interval
@@ -25,11 +25,10 @@ from graftline.evaluation.comparison_pictures import (
     stage_panels,
 )
 from graftline.evaluation.comparison_table import TimeSpent, csv_text, markdown
-from graftline.evaluation.report import read_report
+from graftline.evaluation.report import RunScores, read_report
 from graftline.execution import is_done
-from graftline.plan import Reference, Step
+from graftline.plan import Reference
 from graftline.run_plan import RunPlan
-from graftline.store import Store
 from graftline.stores import open_store
 from tasks import tracking
 from tasks.outputs import finished_reports, report_folder
@@ -37,7 +36,6 @@ from tasks.references import TrackedRun
 from tasks.report import has_costs, metrics_in
 
 _NUMBERS = {"brg": "BRG.final", "frg_mean": "FRG.mean", "text_perplexity": "text_perplexity_after"}
-_ACTIVITIES = ("training", "evaluation", "merging", "preparation")
 _log = logging.getLogger(__name__)
 
 
@@ -127,13 +125,14 @@ def reports_of(name: str, places: Sequence[tuple[Order, int]]) -> dict[str, list
     return whole
 
 
-def computing_seconds(plans: Sequence[RunPlan], store: Store) -> dict[str, float]:
-    """Activity -> what its steps took in all runs, each step counted once."""
-    steps = {reference: step for plan in plans for reference, step in plan.steps.items()}
-    groups: dict[str, list[Step]] = {name: [] for name in _ACTIVITIES}
-    for step in steps.values():
-        groups[activity(step.kind)].append(step)
-    return {name: seconds_of(each, store) for name, each in groups.items()}
+def _time_spent(runs: Sequence[RunScores]) -> TimeSpent:
+    """What runs' time went into; nothing where an older report did not record it."""
+    by_step = [run.step_seconds for run in runs]
+    whole = [each for each in by_step if each is not None]
+    computing = seconds_by_activity(whole) if len(whole) == len(by_step) else {}
+    waited = [run for run in runs if run.idle_seconds is not None]
+    idle = sum(run.idle_seconds or 0.0 for run in waited)
+    return TimeSpent(computing, sum(run.wall_seconds for run in waited), idle)
 
 
 @task(name="write-comparison", cache_policy=NO_CACHE, persist_result=False)
@@ -141,7 +140,6 @@ def write_comparison(
     recipe: str,
     groups: Mapping[str, Sequence[Path]],
     baseline: str | None,
-    computing: Mapping[str, float],
     folder: Path,
 ) -> Compared:
     """Writes `reports/<recipe>/compare/`: tables, page and pictures.
@@ -150,14 +148,11 @@ def write_comparison(
         recipe: the recipe's name.
         groups: label -> the reports of the method's runs.
         baseline: label of the method that differences are taken from.
-        computing: from `computing_seconds`.
         folder: where to write.
     """
     runs = {label: [read_report(path) for path in paths] for label, paths in groups.items()}
     methods = compare_runs(runs, baseline)
-    known = [run for each in runs.values() for run in each if run.idle_seconds is not None]
-    idle = sum(run.idle_seconds or 0.0 for run in known)
-    time = TimeSpent(computing, sum(run.wall_seconds for run in known), idle)
+    time = _time_spent([run for each in runs.values() for run in each])
     first = next(iter(runs.values()))[0]
     folder.mkdir(parents=True, exist_ok=True)
     frontier, orders = frontier_panel(methods), order_panels(methods)

@@ -18,7 +18,7 @@ from prefect.cache_policies import NO_CACHE
 
 from graftline.asking.links import links_of
 from graftline.asking.parts import parts_of_plan
-from graftline.costs import Costs, busy_seconds, costs_of
+from graftline.costs import Costs, busy_seconds, costs_of, seconds_by_step
 from graftline.evaluation.pictures import score_matrix, scores_over_stages
 from graftline.evaluation.report import (
     COSTS,
@@ -33,6 +33,7 @@ from graftline.evaluation.report import (
 from graftline.plan import Model
 from graftline.results import collect
 from graftline.run_plan import RunPlan
+from graftline.store import Store
 from graftline.stores import open_store
 from tasks import tracking
 from tasks.outputs import EXPORTED, pictures
@@ -92,16 +93,12 @@ def write_run_report(
     store = open_store(place.store)
     if computed == 0 and old.get("fingerprint") == plan.fingerprint:
         metrics = old
-        if not (has_costs(old) and (folder / HEADLINE).exists()):
-            metrics = write_report(
-                folder, replace(read_report(folder), **asdict(costs_of(plan, store)))
-            )
+        if not (has_costs(old) and old.get("step_seconds") and (folder / HEADLINE).exists()):
+            metrics = write_report(folder, _with_costs(read_report(folder), plan, store))
     else:
         idle = max(0.0, seconds - busy_seconds(plan, store, since=time.time() - seconds))
-        run = replace(
-            _collect(plan, place, data, seconds), **asdict(costs_of(plan, store)), idle_seconds=idle
-        )
-        metrics = write_report(folder, run)
+        run = _with_costs(_collect(plan, place, data, seconds), plan, store)
+        metrics = write_report(folder, replace(run, idle_seconds=idle))
     if not all(path.exists() for path in pictures(folder)) or metrics is not old:
         _draw(folder, _collect(plan, place, data, seconds))
     _publish(plan, place, folder, metrics)
@@ -171,6 +168,11 @@ def _collect(plan: RunPlan, place: Place, data: DataVersion, seconds: float) -> 
         peak_rss_bytes=_peak_bytes(),
         data_md5=data.md5,
     )
+
+
+def _with_costs(run: RunScores, plan: RunPlan, store: Store) -> RunScores:
+    costs = asdict(costs_of(plan, store))
+    return replace(run, **costs, step_seconds=seconds_by_step(plan, store))
 
 
 def _kept_apart(plan: RunPlan) -> RunPlan:

@@ -33,7 +33,8 @@ from graftline.data.parts import (
 )
 from graftline.encoders import same_here
 from graftline.errors import GraftlineError
-from graftline.evaluation.report import EXAMPLES, ScoreCell, cells_in, examples_csv
+from graftline.evaluation.cells import ScoreCell, cells_in, examples_csv
+from graftline.evaluation.report import EXAMPLES
 from graftline.manifest import (
     FORMAT,
     MANIFEST,

@@ -15,12 +15,11 @@ from typing import Any
 
 from graftline.evaluation import EvaluationError
 from graftline.evaluation.bootstrap import Cell, Interval, Resampled, resample
+from graftline.evaluation.cells import JOINT, Place
 from graftline.evaluation.gains import Gains
 from graftline.evaluation.report import (
     COSTS,
     HEADLINES,
-    JOINT,
-    Place,
     RunScores,
     bootstrap_cells,
     gains_of,

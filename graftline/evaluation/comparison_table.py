@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from graftline.evaluation.bootstrap import Interval
+from graftline.evaluation.cells import JOINT
 from graftline.evaluation.comparison import PERPLEXITY, ComparedMethod
-from graftline.evaluation.report import JOINT
 from graftline.evaluation.style import words
 
 DASH = "–"

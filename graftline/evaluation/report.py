@@ -2,35 +2,25 @@
 
 `metrics.json` holds numbers in the units of their definitions: gains in per cent, scores from 0
 to 1, `wall_seconds` and `computing_seconds` in seconds, `peak_rss_bytes` in bytes. It is strict
-JSON: what is undefined is `null`, and `undefined` says why. `examples.csv` keeps every example's
-score, a row a cell, so that intervals over several seeds can be computed later from the folders
-alone.
+JSON: what is undefined is `null`, and `undefined` says why.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from graftline.durable import atomic_write_text
 from graftline.evaluation import EvaluationError
 from graftline.evaluation.bootstrap import Cell, Interval, intervals
+from graftline.evaluation.cells import JOINT, Place, ScoreCell, cells_in, csv_text, examples_csv
 from graftline.evaluation.gains import Gains, all_gains
 
-Point = Literal["vanilla", "merged", "final", "expert"]
-JOINT = "joint"
-"""Stands for a modality where questions over several modalities were scored."""
-Place = tuple[str, int, str]
-"""A model's place: (point, stage, modality scored); the stage of an expert is 0."""
-
 CSV_COLUMNS = ("stage", "stage_modality", "modality", "task", "point", "metric", "score", "n")
-_EXAMPLE_COLUMNS = ("stage", "stage_modality", "modality", "task", "point", "metric", "scores")
 EXAMPLES = "examples.csv"
 HEADLINE = "headline.json"
 HEADLINES = ("brg", "brg_mean", "frg_mean", "retention")
@@ -43,54 +33,6 @@ COSTS = (
     "idle_seconds",
 )
 """What reports of earlier versions may lack: metrics and fields of `RunScores`."""
-
-
-@dataclass(frozen=True)
-class ScoreCell:
-    """The examples of one task of one modality, scored with one model.
-
-    Attributes:
-        stage: The stage that the model ends, from 1; 0 for an expert, which is outside the chain.
-        stage_modality: The modality that the stage adds; for an expert its own modality.
-        modality: The modality of the examples.
-        task: `question` or `caption`.
-        point: `vanilla` after naive fine-tuning, `merged` after merging, `final` at the stage's
-            end, `expert` for a model trained on this modality alone.
-        metric: The metric's name.
-        examples: Score of each example from 0 to 1, in the test set's order, at least one.
-    """
-
-    stage: int
-    stage_modality: str
-    modality: str
-    task: str
-    point: Point
-    metric: str
-    examples: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        name = f"scores of {self.modality} {self.task} ({self.point}, stage {self.stage})"
-        if self.point not in get_args(Point):
-            raise EvaluationError(f"{name}: the point is one of {list(get_args(Point))}")
-        if not self.examples:
-            raise EvaluationError(f"{name}: no example was scored")
-        if not all(math.isfinite(score) and score >= 0.0 for score in self.examples):
-            raise EvaluationError(f"{name}: every score must be finite and not negative")
-
-    @property
-    def n(self) -> int:
-        """Number of examples."""
-        return len(self.examples)
-
-    @property
-    def score(self) -> float:
-        """Mean score of the examples."""
-        return math.fsum(self.examples) / len(self.examples)
-
-    @property
-    def place(self) -> Place:
-        """Which model scored which modality."""
-        return (self.point, 0 if self.point == "expert" else self.stage, self.modality)
 
 
 @dataclass(frozen=True)
@@ -118,6 +60,7 @@ class RunScores:
         training_seconds: What the training of the last model took, all stages together.
         evaluating_seconds: What all evaluations took.
         idle_seconds: Part of `wall_seconds` in which no step computed: data, records, waiting.
+        step_seconds: What each of its steps took, by `<kind>/<fingerprint>`; runs share steps.
     """
 
     recipe: str
@@ -140,6 +83,7 @@ class RunScores:
     training_seconds: float | None = None
     evaluating_seconds: float | None = None
     idle_seconds: float | None = None
+    step_seconds: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         seen: set[tuple[Place, str]] = set()
@@ -278,6 +222,7 @@ def metrics_of(run: RunScores, replicates: int = 2000) -> dict[str, Any]:
         "peak_rss_bytes": run.peak_rss_bytes,
         "data_md5": run.data_md5,
         "fingerprint": run.fingerprint,
+        "step_seconds": None if run.step_seconds is None else dict(run.step_seconds),
     }
 
 
@@ -290,20 +235,7 @@ def headline_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def scores_csv(run: RunScores) -> str:
     """The content of `scores.csv`: a row a cell, the columns of `CSV_COLUMNS`."""
     rows = [[getattr(cell, column) for column in CSV_COLUMNS] for cell in run.cells]
-    return _csv_text(CSV_COLUMNS, rows)
-
-
-def examples_csv(cells: Iterable[ScoreCell]) -> str:
-    """The content of `examples.csv`: a row a cell, with every example's score."""
-    columns = _EXAMPLE_COLUMNS[:-1]
-    rows = [[*(getattr(cell, name) for name in columns), _joined(cell.examples)] for cell in cells]
-    return _csv_text(_EXAMPLE_COLUMNS, rows)
-
-
-def cells_in(text: str) -> tuple[ScoreCell, ...]:
-    """The cells of an `examples.csv`, exactly as `examples_csv` wrote them."""
-    csv.field_size_limit(1 << 30)  # a field holds as many scores as the test set has rows
-    return tuple(_cell(row) for row in csv.DictReader(io.StringIO(text, newline="")))
+    return csv_text(CSV_COLUMNS, rows)
 
 
 def write_report(folder: Path, run: RunScores, replicates: int = 2000) -> dict[str, Any]:
@@ -341,7 +273,8 @@ def read_report(folder: Path) -> RunScores:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         cells = cells_in((folder / EXAMPLES).read_text(encoding="utf-8"))
         scalars = {name: metrics[name] for name in _SCALARS}
-        scalars |= {name: metrics.get(name) for name in COSTS}  # older reports have none
+        # older reports have none of these
+        scalars |= {name: metrics.get(name) for name in (*COSTS, "step_seconds")}
         return RunScores(order=tuple(metrics["order"]), cells=cells, **scalars)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise EvaluationError(
@@ -366,30 +299,8 @@ _SCALARS = (
 )
 
 
-def _joined(scores: Iterable[float]) -> str:
-    """Every score, exactly, in the order of the rows."""
-    return " ".join(repr(float(score)).removesuffix(".0") for score in scores)
-
-
-def _cell(row: Mapping[str, str]) -> ScoreCell:
-    stage, stage_modality, modality, task, point, metric, scores = (
-        row[column] for column in _EXAMPLE_COLUMNS
-    )
-    checked: Any = point
-    examples = tuple(float(score) for score in scores.split())
-    return ScoreCell(int(stage), stage_modality, modality, task, checked, metric, examples)
-
-
 def _task_score(cell: ScoreCell) -> dict[str, Any]:
     return {"metric": cell.metric, "score": cell.score, "n": cell.n}
-
-
-def _csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return stream.getvalue()
 
 
 def _strict_json(content: object, name: str) -> str:

@@ -11,13 +11,8 @@ from pathlib import Path
 
 from graftline.evaluation import EvaluationError
 from graftline.evaluation.bootstrap import Interval
-from graftline.evaluation.report import (
-    JOINT,
-    RunScores,
-    bootstrap_cells,
-    read_report,
-    run_intervals,
-)
+from graftline.evaluation.cells import JOINT
+from graftline.evaluation.report import RunScores, bootstrap_cells, read_report, run_intervals
 
 _HEADINGS = {"brg": "BRG", "brg_mean": "mean BRG", "frg_mean": "FRG", "retention": "retention"}
 _NONE = "n/a"

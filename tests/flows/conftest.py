@@ -24,7 +24,7 @@ from graftline.supervised import start_child, stop_child
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = (
     "wall_seconds", "computing_seconds", "merging_seconds", "training_seconds",
-    "evaluating_seconds", "idle_seconds", "peak_rss_bytes",
+    "evaluating_seconds", "idle_seconds", "peak_rss_bytes", "step_seconds",
 )  # fmt: skip
 SIZES = {"train": 64, "validation": 16, "test": 16}
 PAIR = ("--set", "order=[image,audio]")

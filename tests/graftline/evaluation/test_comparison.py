@@ -10,11 +10,12 @@ from dataclasses import replace
 import pytest
 
 from graftline.evaluation import EvaluationError
+from graftline.evaluation.cells import JOINT, ScoreCell
 from graftline.evaluation.comparison import ComparedMethod, compare_runs
 from graftline.evaluation.comparison_page import page
 from graftline.evaluation.comparison_pictures import initials
 from graftline.evaluation.comparison_table import TimeSpent, csv_text, markdown
-from graftline.evaluation.report import JOINT, RunScores, ScoreCell
+from graftline.evaluation.report import RunScores
 
 AB, BA = ("image", "audio"), ("audio", "image")
 COSTS = {

@@ -14,6 +14,7 @@ import pytest
 
 from graftline.evaluation import EvaluationError
 from graftline.evaluation.bootstrap import Interval
+from graftline.evaluation.cells import JOINT, Point, ScoreCell
 from graftline.evaluation.pictures import (
     retention_against_storage,
     score_matrix,
@@ -21,10 +22,7 @@ from graftline.evaluation.pictures import (
 )
 from graftline.evaluation.report import (
     CSV_COLUMNS,
-    JOINT,
-    Point,
     RunScores,
-    ScoreCell,
     place_scores,
     read_report,
     split_scores,
@@ -70,6 +68,7 @@ def make_run(seed: int = 0, method: str = "mera", level: float = 0.8, n: int = 3
         20.0,
         21.5,
         16.0,
+        step_seconds={"align/a": 1.25, "evaluate/e": 0.5},
     )
 
 
