@@ -50,7 +50,7 @@ def measure(count: int, arguments: argparse.Namespace) -> dict[str, float]:
     @flow(name="orchestration", persist_result=False)
     def run() -> None:
         jobs = [Job(number, waits, {"seconds": arguments.seconds}, ()) for number in range(count)]
-        carry_out(jobs, arguments.slots, {})
+        carry_out([jobs], arguments.slots, {})
 
     before = resident()
     started, processor = time.perf_counter(), time.process_time()

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.runtime import flow_run
 
-from flows.continual import continual
+from flows.continual import opened_run
 from flows.data import versioned
-from flows.dispatch import carry_out_all
+from flows.several import carry_out_runs
 from graftline.budget import plans_of
 from graftline.comparison import BASELINE, WantedRun, comparison_of
 from graftline.plan import Reference
 from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan
-from graftline.work import Machine
 from tasks.comparing import (
     comparison_tags,
     is_finished,
@@ -27,13 +25,8 @@ from tasks.comparing import (
     reports_of,
     write_comparison,
 )
-from tasks.dispatch import check_machines
-from tasks.interruption import closed_when_stopped
 from tasks.outputs import compare_folder, report_folder, run_name, usual_order
-from tasks.preflight import check_folders
-from tasks.records import recorded_run
-from tasks.references import DataVersion, Place
-from tasks.stale import close_dead_runs, close_own_run
+from tasks.references import DataVersion
 from tasks.tracking import comparison_run
 
 _log = logging.getLogger("tasks.comparing")
@@ -74,20 +67,12 @@ def compare(
         label: paths for name in also for label, paths in reports_of(name, wanted.places).items()
     }
     folder = compare_folder(recipe.name)
-    check_folders(recipe, folder)
-    check_machines(recipe)
-    close_dead_runs(recipe.store)
-    with (
-        recorded_run(recipe.store) as record,
-        closed_when_stopped(lambda: close_own_run(record)),
-    ):
-        record.note(prefect_flow_run=str(flow_run.id))
+    with opened_run(recipe, folder) as record:
         data = versioned(recipe)
         plans = plans_of(recipe_path, wanted, overrides or {}, data.files)
         groups = _finished(recipe_path, plans, overrides or {}, data, trust_reports)
         baseline = BASELINE if BASELINE in groups else None
-        reports = {**groups, **others}
-        found = write_comparison(recipe.name, reports, baseline, folder)
+        found = write_comparison(recipe.name, {**groups, **others}, baseline, folder)
         title = f"comparison of {len(found.methods)} methods"
         with comparison_run(recipe.name, title, comparison_tags(found)) as tracked:
             if tracked is not None:
@@ -104,20 +89,17 @@ def _finished(
     trust_reports: bool,
 ) -> dict[str, list[Path]]:
     """Runs what is not finished; method -> the reports of its runs."""
-    recipe, usual = plans[0][1].recipe, usual_order(recipe_path)
+    usual = usual_order(recipe_path)
     reported = reported_runs(plans, usual) if trust_reports else set()
-    if recipe.execution.where == "workers":
-        place = Place(recipe.store, Machine.of(recipe))
-        carry_out_all([plan for run, plan in plans if run not in reported], place, data)
     groups: dict[str, list[Path]] = {}
+    lacking: list[tuple[Mapping[str, Any], RunPlan]] = []
     done: set[Reference] = set()
     for run, plan in plans:
         report = report_folder(plan.recipe, usual)
-        name = run_name(plan.recipe, usual)
-        if run in reported or is_finished(plan, report, done):
-            _log.info("%s: finished before", name)
-        else:
-            titled = continual.with_options(flow_run_name=f"{recipe.name} {name}")
-            titled(recipe_path, run.changes(overrides))
         groups.setdefault(run.method, []).append(report)
+        if run in reported or is_finished(plan, report, done):
+            _log.info("%s: finished before", run_name(plan.recipe, usual))
+        else:
+            lacking.append((run.changes(overrides), plan))
+    carry_out_runs(recipe_path, lacking, data)
     return groups

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.data import versioned
-from flows.dispatch import carry_out_there, step_job
-from flows.slots import Job, carry_out
+from flows.dispatch import carry_out_jobs, step_job
+from flows.slots import Job
 from graftline.execution import is_done
+from graftline.plan import Step
 from graftline.recipe import Recipe, load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.stores import open_store
@@ -42,10 +43,29 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
     Returns:
         The report's folder.
     """
+    return run_once(recipe_path, overrides, time.monotonic())
+
+
+def run_once(
+    recipe_path: str,
+    overrides: Mapping[str, Any] | None,
+    started: float,
+    beside: Collection[Step] = (),
+) -> str:
+    """What `continual` does.
+
+    Args:
+        recipe_path: `params/*.yaml`.
+        overrides: dotted key -> value; wins over the file.
+        started: when its time began, by `time.monotonic`.
+        beside: steps that have computed since then, before it or for other runs.
+
+    Returns:
+        The report's folder.
+    """
     recipe = load_recipe(recipe_path, overrides)
     usual = usual_order(recipe_path)
     folder = report_folder(recipe, usual)
-    started = time.monotonic()
     with opened_run(recipe, folder) as record:
         data = versioned(recipe)
         plan = plan_run(recipe, data.files)
@@ -53,7 +73,8 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
         def finish(place: Place, model_id: str | None) -> None:
             register_model(plan, place, data, model_id, model_alias(recipe, usual))
 
-        carry_out_run(plan, data, folder, run_name(recipe, usual), record, started, finish)
+        name = run_name(recipe, usual)
+        carry_out_run(plan, data, folder, name, record, started, finish, beside)
     return str(folder)
 
 
@@ -89,6 +110,7 @@ def carry_out_run(
     record: RunRecord,
     started: float,
     finish: Callable[[Place, str | None], None],
+    beside: Collection[Step] = (),
 ) -> None:
     """Carries a plan out under a run of its own in MLflow, and writes its report.
 
@@ -100,6 +122,7 @@ def carry_out_run(
         record: of this process's run.
         started: when it began, by `time.monotonic`.
         finish: what is done last, with the id in MLflow of the last stage's model.
+        beside: steps that have computed since then, before this or for other runs.
     """
     recipe = plan.recipe
     if recipe.execution.where == "here":
@@ -108,7 +131,7 @@ def carry_out_run(
     with tracked_run(recipe, name, plan.fingerprint, data, tags) as tracked:
         record.note(mlflow_uri=tracked.uri, mlflow_run=tracked.run_id)
         place = Place(recipe.store, Machine.of(recipe), tracked)
-        computed = unfinished(plan, open_store(recipe.store))
+        computed = [*beside, *unfinished(plan, open_store(recipe.store))]
         model_id = carry_out_stages(plan, place, data)
         seconds = time.monotonic() - started
         write_run_report(plan, place, data, folder, seconds, computed)
@@ -142,10 +165,6 @@ def carry_out_stages(plan: RunPlan, place: Place, data: DataVersion) -> str | No
         arguments = {"plan": plan, "stage": stage, "place": place, "data": data}
         jobs.append(Job(f"stage {stage}", record_stage, arguments, (*records[-1:], *measured)))
         records.append(f"stage {stage}")
-    execution = plan.recipe.execution
-    if execution.where == "workers":
-        futures = carry_out_there(jobs, recipes, place, data)
-    else:
-        futures = carry_out(jobs, execution.slots, {"fine-tune": execution.fine_tunings})
+    futures = carry_out_jobs([jobs], recipes, plan.recipe.execution, place, data)
     models = [futures[name].result() for name in records]
     return next((model for model in reversed(models) if model is not None), None)

@@ -1,17 +1,17 @@
-"""Which steps go out to workers, and together with which."""
+"""Where steps run: in this machine's slots, or out on workers, and together with which."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from prefect.futures import PrefectFuture
 
 from flows.slots import Job, carry_out
 from graftline.execution import is_done
-from graftline.plan import Reference, Step
-from graftline.recipe import Recipe
+from graftline.plan import Step
+from graftline.recipe import ExecutionSettings, Recipe
 from graftline.run_plan import RunPlan
 from graftline.stores import open_store
 from tasks.dispatch import Chain, on_a_worker
@@ -31,50 +31,93 @@ def step_job(step: Step, place: Place, needs: tuple[Hashable, ...]) -> Job:
     return Job(step.reference, TASKS[step.kind], arguments, needs, weight, shared)
 
 
-def carry_out_there(
-    jobs: Sequence[Job], recipes: Mapping[Hashable, Recipe], place: Place, data: DataVersion
+def carry_out_jobs(
+    groups: Sequence[Sequence[Job]],
+    recipes: Mapping[Hashable, Recipe],
+    execution: ExecutionSettings,
+    place: Place,
+    data: DataVersion,
+    after: Callable[[Job], None] = lambda _: None,
 ) -> dict[Hashable, PrefectFuture[Any]]:
-    """Runs all jobs, their steps on workers; holds no slot while it waits.
+    """Runs all jobs where the recipe says: here, or their steps on workers.
+
+    Holds no slot while it waits for workers.
 
     Args:
-        jobs: as if they ran here, needs before who needs them.
+        groups: as for `flows.slots.carry_out`; workers get all at once.
         recipes: job of a step -> a recipe whose plan has that step.
+        execution: where, and how many at once.
         place: where artifacts lie.
         data: the data's version.
+        after: is told of each finished job.
 
     Returns:
         name -> finished future; steps that travel together have the first one's name.
     """
-    sent = sent_out(jobs, recipes, place, data)
+    if execution.where == "here":
+        return carry_out(groups, execution.slots, {"fine-tune": execution.fine_tunings}, after)
+    sent = sent_out([job for jobs in groups for job in jobs], recipes, place, data)
     slots = max(place.machine.slots, min(len(sent), _WAITING))
-    return carry_out(sent, slots, {"here": place.machine.slots})
+    return carry_out([sent], slots, {"here": place.machine.slots}, after)
 
 
-def carry_out_all(plans: Sequence[RunPlan], place: Place, data: DataVersion) -> None:
-    """Has workers compute what several runs lack, what they share once; the runs then find it."""
+def carry_out_all(
+    plans: Sequence[RunPlan], place: Place, data: DataVersion, ready: Callable[[int], None]
+) -> None:
+    """Computes what several runs lack, side by side; what they share, once.
+
+    Args:
+        plans: of the runs; what an earlier one lacks comes first.
+        place: where artifacts lie.
+        data: the data's version.
+        ready: is told the number of each plan, from 0, whose steps are all there.
+    """
     store = open_store(place.store)
-    jobs: list[Job] = []
+    groups: list[list[Job]] = []
     recipes: dict[Hashable, Recipe] = {}
-    done: set[Reference] = set()
-    for plan in plans:
+    done: set[Hashable] = set()
+    lacking: dict[int, set[Hashable]] = {}
+    for number, plan in enumerate(plans):
+        jobs: list[Job] = []
+        lacks: set[Hashable] = set()
         for step in (step for _, steps in by_stage(plan) for step in steps):
             name = step.reference
-            if name in recipes or name in done:
-                continue
-            if is_done(step, store):
+            if name not in recipes and (name in done or is_done(step, store)):
                 done.add(name)
                 continue
-            recipes[name] = plan.recipe
-            needs = tuple(parent for parent in step.parents.values() if parent in recipes)
-            jobs.append(step_job(step, place, needs))
-    if jobs:
-        carry_out_there(jobs, recipes, place, data)
+            lacks.add(name)
+            if name not in recipes:
+                recipes[name] = plan.recipe
+                needs = tuple(parent for parent in step.parents.values() if parent in recipes)
+                jobs.append(step_job(step, place, needs))
+        groups.append(jobs)
+        lacking[number] = lacks
+
+    def tell(finished: set[Hashable]) -> None:
+        for lacks in lacking.values():
+            lacks -= finished
+        for number in [number for number, lacks in lacking.items() if not lacks]:
+            del lacking[number]
+            ready(number)
+
+    tell(set())
+    if recipes:
+        execution = plans[0].recipe.execution
+        carry_out_jobs(groups, recipes, execution, place, data, lambda job: tell(_steps_of(job)))
+
+
+def _steps_of(job: Job) -> set[Hashable]:
+    """The steps that a job finishes, on whichever machine."""
+    chain = job.arguments.get("chain")
+    if chain is None:
+        return {job.name}
+    return {step.reference for step in chain.steps} if not chain.share else set()
 
 
 def sent_out(
     jobs: Sequence[Job], recipes: Mapping[Hashable, Recipe], place: Place, data: DataVersion
 ) -> list[Job]:
-    """Jobs that send steps out, and what stays; see `carry_out_there`.
+    """Jobs that send steps out, and what stays; see `carry_out_jobs`.
 
     A step travels with the one before it if that one has no other successor among what is sent:
     an expert is aligned, fine-tuned and asked in one go; connectors that are realigned and

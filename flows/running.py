@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from graftline.recipe import load_recipe
+from graftline.recipe import Recipe, load_recipe
 from tasks.server import Server
 
 if TYPE_CHECKING:
@@ -15,41 +15,45 @@ if TYPE_CHECKING:
 
 
 def run_recipe(path: str, overrides: Mapping[str, Any], console: Console) -> str:
-    """Runs the flow `continual` once and returns the report's folder; see `run_recipes`."""
-    [folder] = run_recipes(path, [overrides], console)
-    return folder
+    """Runs the flow `continual` once and returns the report's folder.
+
+    Args:
+        path: the recipe's file.
+        overrides: dotted key -> value that wins over the file.
+        console: for progress bars.
+
+    Raises:
+        GraftlineError: the run cannot be done; finished steps are kept.
+    """
+    recipe = load_recipe(path, overrides)
+    with _serving(console):
+        from flows.continual import continual
+        from graftline.progress import shown
+
+        _say_if_widened(recipe, console)
+        name = f"{recipe.name} {recipe.method} seed {recipe.seed}"
+        with shown(console):
+            return str(continual.with_options(flow_run_name=name)(path, dict(overrides)))
 
 
-def run_recipes(path: str, runs: Sequence[Mapping[str, Any]], console: Console) -> Iterator[str]:
-    """Runs the flow `continual`, one run after another, beside one server.
+def run_several(path: str, runs: Sequence[Mapping[str, Any]], console: Console) -> list[str]:
+    """Runs the flow `several` and returns the folder of each run's report.
 
     Args:
         path: the recipe's file.
         runs: for each run, dotted key -> value that wins over the file.
         console: for progress bars.
 
-    Yields:
-        The report's folder of each run, when it is finished.
-
     Raises:
-        GraftlineError: a run cannot be done; finished steps are kept.
+        GraftlineError: a run cannot be done; finished steps and runs are kept.
     """
     with _serving(console):
-        from flows.continual import continual
+        from flows.several import several
         from graftline.progress import shown
-        from graftline.work import is_widened
 
-        for overrides in runs:
-            recipe = load_recipe(path, overrides)
-            if is_widened(recipe):
-                console.print(
-                    "[dim]This CPU does not multiply bfloat16: computing in float32; what is "
-                    "stored stays bfloat16.[/]"
-                )
-            name = f"{recipe.name} {recipe.method} seed {recipe.seed}"
-            with shown(console):
-                folder = continual.with_options(flow_run_name=name)(path, dict(overrides))
-            yield folder
+        _say_if_widened(load_recipe(path, runs[0]), console)
+        with shown(console):
+            return several(path, [dict(changes) for changes in runs])
 
 
 def run_comparison(
@@ -97,6 +101,16 @@ def run_addition(
 
         with shown(console):
             return str(add(path, model, out, dict(overrides)))
+
+
+def _say_if_widened(recipe: Recipe, console: Console) -> None:
+    from graftline.work import is_widened
+
+    if is_widened(recipe):
+        console.print(
+            "[dim]This CPU does not multiply bfloat16: computing in float32; what is stored stays "
+            "bfloat16.[/]"
+        )
 
 
 @contextmanager

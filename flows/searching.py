@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.running import run_recipes
+from flows.running import run_several
 from graftline.methods.search import Search, Trial, best_of, search_of, write_trials
 from graftline.recipe import load_recipe
 from tasks.outputs import search_file
@@ -26,7 +26,8 @@ def search(
 ) -> list[Path]:
     """Runs every candidate of some methods on the validation split and records which was best.
 
-    What was computed before is reused, so a search that was stopped goes on.
+    Candidates run side by side where slots are free. What was computed before is reused, so a
+    search that was stopped goes on.
 
     Args:
         path: the recipe's file.
@@ -49,7 +50,7 @@ def search(
     runs = [{**overrides, "name": name, **each.overrides(candidate)} for each, candidate in wanted]
     trials: dict[str, list[Trial]] = {each.name: [] for each in searches}
     data_md5 = ""
-    for (each, candidate), folder in zip(wanted, run_recipes(path, runs, console), strict=True):
+    for (each, candidate), folder in zip(wanted, run_several(path, runs, console), strict=True):
         metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
         trials[each.name].append(trial_of(each, candidate, metrics))
         data_md5 = metrics["data_md5"]

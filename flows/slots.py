@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,16 +39,21 @@ class Job:
 
 
 def carry_out(
-    jobs: Sequence[Job], slots: int, limits: Mapping[str, int]
+    groups: Sequence[Sequence[Job]],
+    slots: int,
+    limits: Mapping[str, int],
+    after: Callable[[Job], None] = lambda _: None,
 ) -> dict[Hashable, PrefectFuture[Any]]:
     """Runs all jobs. A job takes a slot only when it is ready: none waits for another in one.
 
     Args:
-        jobs: needs before who needs them; with one slot they start in this order, with more the
-            one with the longest chain behind it starts first.
+        groups: jobs of an earlier group come first, a later one's take the slots that are left.
+            Inside a group needs come before who needs them; with one slot its jobs start in this
+            order, with more the one with the longest chain behind it starts first.
         slots: how many run at once.
-        limits: kind -> how many jobs of that kind run at once. A place is kept for the longest
-            chain while what that waits for is short: none of the same kind.
+        limits: kind -> how many jobs of that kind run at once. A place is kept for each chain that
+            comes first while what it waits for is short: none of the same kind.
+        after: is told of each finished job; nothing new starts meanwhile.
 
     Returns:
         name -> finished future.
@@ -55,7 +61,8 @@ def carry_out(
     Raises:
         Exception: what the first job that failed raised; what has not started then, does not.
     """
-    waiting = list(jobs) if slots == 1 else _longest_chain_first(jobs)
+    ordered = groups if slots == 1 else [_longest_chain_first(jobs) for jobs in groups]
+    waiting = [job for jobs in ordered for job in jobs]
     running: dict[PrefectFuture[Any], Job] = {}
     finished: dict[Hashable, PrefectFuture[Any]] = {}
     with ThreadPoolTaskRunner(max_workers=slots) as runner:
@@ -69,7 +76,9 @@ def carry_out(
                 running[runner.submit(job.task, dict(job.arguments), wait_for=parents)] = job
             future = next(as_completed(list(running)))
             future.result()
-            finished[running.pop(future).name] = future
+            done = running.pop(future)
+            finished[done.name] = future
+            after(done)
     return finished
 
 
@@ -91,14 +100,14 @@ def _ready(
 ) -> Job | None:
     busy = [job.kind for job in running]
     unfinished = {job.name: job for job in (*waiting, *running)}
-    kept: set[str] = set()
+    kept: Counter[str] = Counter()
     for job in waiting:
         limit = limits.get(job.kind)
-        allowed = limit is None or (busy.count(job.kind) < limit and job.kind not in kept)
+        allowed = limit is None or busy.count(job.kind) + kept[job.kind] < limit
         if allowed and finished.keys() >= set(job.needs):
             return job
         if limit is not None and job.kind not in _kinds_before(job, unfinished):
-            kept.add(job.kind)
+            kept[job.kind] += 1
     return None
 
 

@@ -117,10 +117,10 @@ def step_seconds(step: Step, store: Store) -> float | None:
     return float(json.loads(file.read_text("utf-8"))["step_seconds"]) if file.exists() else None
 
 
-def busy_seconds(plan: RunPlan, store: Store, since: float) -> float:
-    """Wall time after `since` (seconds since the epoch) in which some step of a plan computed."""
+def busy_seconds(steps: Iterable[Step], store: Store, since: float) -> float:
+    """Wall time after `since` (seconds since the epoch) in which some finished step computed."""
     spans = []
-    for step in plan.steps.values():
+    for step in steps:
         seconds = step_seconds(step, store)
         end = _timing(step, store).stat().st_mtime if seconds is not None else 0.0
         if seconds is not None and end > since:

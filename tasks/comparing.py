@@ -126,7 +126,7 @@ def reports_of(name: str, places: Sequence[tuple[Order, int]]) -> dict[str, list
 
 
 def _time_spent(runs: Sequence[RunScores]) -> TimeSpent:
-    """What runs' time went into; nothing where an older report did not record it."""
+    """What runs' time went into; nothing where an older report does not say it."""
     by_step = [run.step_seconds for run in runs]
     whole = [each for each in by_step if each is not None]
     computing = seconds_by_activity(whole) if len(whole) == len(by_step) else {}

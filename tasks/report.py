@@ -7,7 +7,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from graftline.evaluation.report import (
     split_scores,
     write_report,
 )
-from graftline.plan import Model
+from graftline.plan import Model, Step
 from graftline.results import collect
 from graftline.run_plan import RunPlan
 from graftline.store import Store
@@ -72,7 +72,12 @@ def record_stage(plan: RunPlan, stage: int, place: Place, data: DataVersion) -> 
 
 @task(name="write-report", cache_policy=NO_CACHE, persist_result=False)
 def write_run_report(
-    plan: RunPlan, place: Place, data: DataVersion, folder: Path, seconds: float, computed: int
+    plan: RunPlan,
+    place: Place,
+    data: DataVersion,
+    folder: Path,
+    seconds: float,
+    computed: Collection[Step],
 ) -> str:
     """Writes `reports/...`: metrics, tables and pictures; and the run's totals to MLflow.
 
@@ -82,21 +87,21 @@ def write_run_report(
         data: the data's version.
         folder: where the report goes.
         seconds: how long the run took so far.
-        computed: how many steps were computed and not reused. A report of the same result stays
-            as it is when there were none, so that its wall time stays the computation's; what an
-            older version did not record is added.
+        computed: steps that computed in that time and were not reused. A report of the same result
+            stays as it is when there were none, so that its wall time stays the computation's; what
+            an older version did not record is added.
 
     Returns:
         The report's folder.
     """
     old = metrics_in(folder)
     store = open_store(place.store)
-    if computed == 0 and old.get("fingerprint") == plan.fingerprint:
+    if not computed and old.get("fingerprint") == plan.fingerprint:
         metrics = old
         if not (has_costs(old) and old.get("step_seconds") and (folder / HEADLINE).exists()):
             metrics = write_report(folder, _with_costs(read_report(folder), plan, store))
     else:
-        idle = max(0.0, seconds - busy_seconds(plan, store, since=time.time() - seconds))
+        idle = max(0.0, seconds - busy_seconds(computed, store, since=time.time() - seconds))
         run = _with_costs(_collect(plan, place, data, seconds), plan, store)
         metrics = write_report(folder, replace(run, idle_seconds=idle))
     if not all(path.exists() for path in pictures(folder)) or metrics is not old:

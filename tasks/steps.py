@@ -190,9 +190,9 @@ def by_stage(plan: RunPlan) -> list[tuple[int, list[Step]]]:
     return groups
 
 
-def unfinished(plan: RunPlan, store: Store) -> int:
-    """How many steps of a plan have no artifact yet."""
-    return sum(not is_done(step, store) for step in plan.steps.values())
+def unfinished(plan: RunPlan, store: Store) -> list[Step]:
+    """The steps of a plan that have no artifact yet."""
+    return [step for step in plan.steps.values() if not is_done(step, store)]
 
 
 def scores_of_stage(plan: RunPlan, stage: int) -> list[PlannedScore]:

@@ -13,7 +13,7 @@ def stop(*_args, **_named):
     print("prefect" in sys.modules)
     raise SystemExit(0)
 
-flows.running.run_comparison = flows.running.run_recipes = stop
+flows.running.run_comparison = flows.running.run_recipe = stop
 from flows.cli import app
 sys.argv = ["graftline", *sys.argv[1:]]
 app()

@@ -57,7 +57,7 @@ def _run(jobs: list[Job], slots: int) -> list[str]:
     _started.clear()
     for counts in _at_once.values():
         counts.clear()
-    return [future.result() for future in carry_out(jobs, slots, {"large": 1}).values()]
+    return [future.result() for future in carry_out([jobs], slots, {"large": 1}).values()]
 
 
 def test_the_longest_chain_starts_first_and_nothing_waits_in_a_slot(server: None) -> None:

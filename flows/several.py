@@ -1,0 +1,80 @@
+"""Several runs at once: their steps side by side, each run reported when its steps are there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from prefect import flow
+
+from flows.continual import opened_run, run_once
+from flows.data import versioned
+from flows.dispatch import carry_out_all
+from graftline.recipe import load_recipe
+from graftline.run_plan import RunPlan, plan_run
+from graftline.stores import open_store
+from graftline.work import Machine
+from tasks.outputs import report_folder, run_name, usual_order
+from tasks.preflight import check_disk
+from tasks.references import DataVersion, Place
+from tasks.steps import unfinished
+
+
+@flow(name="several", persist_result=False, validate_parameters=False)
+def several(recipe_path: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Runs a recipe several times, each time with other keys.
+
+    Args:
+        recipe_path: `params/*.yaml`.
+        runs: of each, dotted key -> value; wins over the file. All have the same store and data.
+
+    Returns:
+        The report's folder of each run.
+    """
+    recipes = [load_recipe(recipe_path, changes) for changes in runs]
+    folders = [report_folder(recipe, usual_order(recipe_path)) for recipe in recipes]
+    with opened_run(recipes[0], folders[0]):
+        data = versioned(recipes[0])
+        plans = [plan_run(recipe, data.files) for recipe in recipes]
+        carry_out_runs(recipe_path, list(zip(runs, plans, strict=True)), data)
+    return [str(folder) for folder in folders]
+
+
+def carry_out_runs(
+    recipe_path: str, runs: Sequence[tuple[Mapping[str, Any], RunPlan]], data: DataVersion
+) -> None:
+    """Computes what runs lack in all slots, and has `continual` report each that lacks nothing.
+
+    A method's chain of fine-tunings keeps one slot busy: what the next run lacks fills the others.
+
+    Args:
+        recipe_path: `params/*.yaml`.
+        runs: what each changes of the recipe, and its plan; what an earlier one lacks comes first.
+        data: the data's version.
+    """
+    usual, plans = usual_order(recipe_path), [plan for _, plan in runs]
+    if not plans:
+        return
+    first = plans[0].recipe
+    steps = {name: step for plan in plans for name, step in plan.steps.items()}
+    together, store = replace(plans[0], steps=steps), open_store(first.store)
+    if first.execution.where == "here":
+        check_disk(together, store)
+    missing, started = unfinished(together, store), time.monotonic()
+
+    def report(number: int) -> None:
+        nonlocal started
+        changes, plan = runs[number]
+        title = f"{plan.recipe.name} {run_name(plan.recipe, usual)}"
+
+        # a run's time is what went by since the report before it
+        @flow(name="continual", flow_run_name=title, persist_result=False)
+        def reported(recipe_path: str, overrides: Mapping[str, Any]) -> None:
+            run_once(recipe_path, overrides, started, missing)
+
+        reported(recipe_path, changes)
+        started = time.monotonic()
+
+    carry_out_all(plans, Place(first.store, Machine.of(first)), data, report)
