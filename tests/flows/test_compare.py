@@ -48,6 +48,10 @@ def test_methods_are_compared_and_nothing_is_computed_twice(copy):
             if method == "mera":  # whose steps were not there
                 assert metrics["idle_seconds"] < metrics["wall_seconds"]
             assert metrics["training_seconds"] < metrics["computing_seconds"]
+    # a run is reported while later ones still compute
+    first = copy.folder / "reports/tiny/mera/order-image-audio/seed-0/metrics.json"
+    last = max(file.stat().st_mtime for file in copy.folder.glob("artifacts/*/*/manifest.json"))
+    assert first.stat().st_mtime < last
     rows = {
         row["method"]: row
         for row in csv.DictReader((folder / "table.csv").read_text().splitlines())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from graftline.model.backbone import load_backbone, make_tiny
 from tests.flows.conftest import PAIR, Project, assert_first_stages_of
 
 _started: list[str] = []
+_told: list[Hashable] = []
 _at_once: dict[str, list[int]] = {"small": [], "large": []}
 _busy = {"small": 0, "large": 0}
 _lock = threading.Lock()
@@ -53,11 +54,17 @@ def _job(name: str, *needs: str, kind: str = "small", weight: float = 1.0) -> Jo
 
 
 @flow(name="slots", persist_result=False)
-def _run(jobs: list[Job], slots: int) -> list[str]:
+def _run_groups(groups: list[list[Job]], slots: int, limit: int) -> list[str]:
     _started.clear()
+    _told.clear()
     for counts in _at_once.values():
         counts.clear()
-    return [future.result() for future in carry_out([jobs], slots, {"large": 1}).values()]
+    done = carry_out(groups, slots, {"large": limit}, lambda job: _told.append(job.name))
+    return [future.result() for future in done.values()]
+
+
+def _run(jobs: list[Job], slots: int) -> list[str]:
+    return _run_groups([jobs], slots, 1)
 
 
 def test_the_longest_chain_starts_first_and_nothing_waits_in_a_slot(server: None) -> None:
@@ -109,6 +116,31 @@ def test_a_limited_place_is_kept_for_the_longest_chain(server: None) -> None:
         "expert",
     ]
     assert max(_at_once["large"]) == 1
+
+
+def _chain(name: str) -> list[Job]:
+    return [
+        _job(f"{name}1", kind="large"),
+        _job(f"{name}2", f"{name}1"),
+        _job(f"{name}3", f"{name}2", kind="large"),
+    ]
+
+
+def test_a_later_group_takes_the_slots_that_an_earlier_one_leaves(server: None) -> None:
+    chains = [_chain(name) for name in "abc"]
+    _run_groups(chains, 2, 2)
+    assert set(_started[:2]) == {"a1", "b1"}
+    assert [name for name in _started if name[0] == "a"] == ["a1", "a2", "a3"]
+    assert _started.index("a3") < _started.index("c2")
+    assert max(_at_once["large"]) == 2
+    assert sorted(_told) == sorted(_started)
+
+
+def test_a_place_that_is_kept_for_one_chain_leaves_the_others(server: None) -> None:
+    """While `between` runs, one place of two is its chain's, and the other is free."""
+    first = [_job("between"), _job("two", "between", kind="large")]
+    _run_groups([first, [_job("other", kind="large")]], 2, 2)
+    assert set(_started[:2]) == {"between", "other"}
 
 
 def test_after_a_failure_nothing_more_starts(server: None) -> None:
