@@ -95,14 +95,14 @@ class RealignPlanner(Planner):
             model: the merged backbone and the connectors.
             modality: whose connector.
             stage: i.
-            old: the model that the connector was trained in.
+            old: the model that teaches it.
             statistics: what is drawn from. Without any the modality is the stage's own: its
                 training rows are all there, and nothing of them is kept.
             replay: share of the modality's rows that was kept and is seen, too.
         """
         settings = self.recipe.distil
         parameters = self._training(settings)
-        del parameters["clusters"], parameters["own"]
+        del parameters["clusters"], parameters["own"], parameters["teacher"]
         parameters["modality"] = modality
         parents = {
             "backbone": model.backbone,

@@ -32,8 +32,13 @@ class DistilSettings(PhaseSettings):
     answers: float = Field(
         0.0, ge=0.0, description="weight of the answers themselves beside the distributions"
     )
+    teacher: Literal["before", "first"] = Field(
+        "before",
+        description="who teaches an old modality: the model of the stage before, or of the stage "
+        "that learned it, whose backbone must be kept for that (`first`)",
+    )
     own: Literal["drawn", "rows", "answers"] = Field(
-        "drawn",
+        "answers",
         description="what the new modality's connector learns from: as old ones (`drawn`); its "
         "stage's rows, which are all at hand then, from naive fine-tuning's model (`rows`) or from "
         "their answers, as MERA realigns (`answers`)",
@@ -49,5 +54,5 @@ class MeraPlusSettings(Part):
     depth: float = Field(0.0, ge=-1.0, le=1.0, description="as merge.depth")
     correct: bool = Field(False, description="start from the closed-form correction")
     replay: float = Field(
-        0.01, ge=0.0, le=0.01, description="share of old rows that is seen beside what is drawn"
+        0.0, ge=0.0, le=0.01, description="share of old rows that is seen beside what is drawn"
     )

@@ -18,14 +18,14 @@ def mera_distilled(planner: Planner, order: Sequence[str]) -> list[Stage]:
 
 
 def distilled(planner: RealignPlanner, turn: Turn, replay: float) -> Model:
-    """The turn's model with every connector realigned from the model that it was trained in.
+    """The turn's model with every connector realigned from a model that has its modality.
 
     Args:
         planner: makes the steps.
         turn: the stage.
         replay: share of each modality's rows that is seen beside what is drawn.
     """
-    connectors, own = {}, planner.recipe.distil.own
+    connectors, own, teacher = {}, planner.recipe.distil.own, planner.recipe.distil.teacher
     for name in turn.model.connectors:
         if name == turn.modality and own == "answers":
             connectors[name] = planner.realign(turn.model, name, turn.stage, on_all=True)
@@ -35,6 +35,6 @@ def distilled(planner: RealignPlanner, turn: Turn, replay: float) -> Model:
             stage = 1 + list(turn.learned).index(name)
             statistics = planner.statistics(turn.learned[name], name, stage)
             share = replay
-        old = turn.taught_by(name)
+        old = turn.learned[name] if teacher == "first" else turn.taught_by(name)
         connectors[name] = planner.distil(turn.model, name, turn.stage, old, statistics, share)
     return replace(turn.model, connectors=connectors)

@@ -69,10 +69,10 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
             {"merge.depth": 0.5}, {"merge.depth": -0.5},
         ),
         "mera+": (
-            {}, {"distil.own": "answers"}, {"distil.own": "answers", "mera_plus.replay": 0.0},
-            {"distil.own": "answers", "mera_plus.correct": True},
-            {"distil.own": "answers", "distil.steps": 160},
-            {"distil.own": "answers", "mera_plus.coefficient": 0.5},
+            {}, {"distil.teacher": "first"}, {"distil.teacher": "first", "mera_plus.replay": 0.01},
+            {"distil.teacher": "first", "distil.samples": 1280},
+            {"distil.teacher": "first", "distil.steps": 160},
+            {"distil.teacher": "first", "distil.samples": 1280, "distil.steps": 160},
         ),
     }
 )  # fmt: skip

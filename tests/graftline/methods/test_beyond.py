@@ -34,7 +34,8 @@ def test_they_stand_on_mera_s_own_chain(method: str) -> None:
     run, mera = plan(method), plan("mera")
     for kind in ("align", "fine-tune", "merge"):
         assert kinds(run, kind) == kinds(mera, kind)
-    assert not kinds(run, "realign")
+    for step in of_kind(run, "realign"):  # of the new modality, whose rows are at hand
+        assert step.parameters["modality"] == run.recipe.order[step.stage - 1]
     assert run.stages[0] == mera.stages[0]
     for own, known in zip(run.stages, mera.stages, strict=True):
         assert own.vanilla is not None
@@ -46,23 +47,24 @@ def test_they_stand_on_mera_s_own_chain(method: str) -> None:
 
 def test_nothing_old_is_kept_where_nothing_is_replayed() -> None:
     """Rows of a modality are seen at its own stage alone; what is recorded then is no row."""
-    for method in ("mera-corrected", "mera-distilled"):
+    for method in ("mera-corrected", "mera-distilled", "mera+"):
         run = plan(method)
         for name, connector in run.stages[-1].final.connectors.items():
             learned = 1 + run.recipe.order.index(name)
             assert {step.stage for step in rows_behind(run, connector, name)} == {learned}
             for step in of_kind(run, "distil"):
                 assert "fraction" not in step.parameters
-    run = plan("mera+")
+    percent = {"mera_plus.replay": 0.01}
+    run = plan("mera+", **{**percent, "distil.own": "drawn"})
     fractions = [step.parameters.get("fraction", 0.0) for step in of_kind(run, "distil")]
     assert fractions == 9 * [0.01]
-    own = of_kind(plan("mera+", **{"distil.own": "rows"}), "distil")
+    own = of_kind(plan("mera+", **{**percent, "distil.own": "rows"}), "distil")
     fractions = [step.parameters.get("fraction", 0.0) for step in own]
     assert sorted(fractions) == 3 * [0.0] + 6 * [0.01]  # the stage's own rows are at hand
 
 
 def test_the_new_modality_may_be_realigned_as_mera_does_on_rows_that_are_at_hand() -> None:
-    run = plan("mera+", **{"distil.own": "answers"})
+    run = plan("mera+")
     assert len(of_kind(run, "distil")) == 6
     for stage in run.stages[1:]:
         step = run.steps[stage.final.connectors[stage.modality]]
@@ -73,7 +75,7 @@ def test_the_new_modality_may_be_realigned_as_mera_does_on_rows_that_are_at_hand
 
 
 def test_a_connector_is_taught_by_the_model_that_it_was_trained_in() -> None:
-    run = plan("mera-distilled")
+    run = plan("mera-distilled", **{"distil.own": "drawn"})
     for before, stage in zip(run.stages, run.stages[1:], strict=False):
         for name, connector in stage.final.connectors.items():
             step = run.steps[connector]
@@ -85,8 +87,22 @@ def test_a_connector_is_taught_by_the_model_that_it_was_trained_in() -> None:
     assert len(kinds(run, "statistics")) == 4
 
 
+def test_it_may_be_taught_by_the_model_that_learned_its_modality() -> None:
+    run = plan("mera-distilled", **{"distil.own": "drawn", "distil.teacher": "first"})
+    learned = {stage.modality: stage.vanilla or stage.final for stage in run.stages}
+    for stage in run.stages[1:]:
+        for name, connector in stage.final.connectors.items():
+            step = run.steps[connector]
+            assert step.parents["old"] == learned[name].backbone
+            assert step.parents[f"taught.{name}"] == learned[name].connectors[name]
+    # an expert's own model teaches the second stage either way
+    assert run.steps[run.stages[1].final.connectors["image"]] in of_kind(
+        plan("mera-distilled"), "distil"
+    )
+
+
 def test_the_correction_may_be_the_start_of_distilling() -> None:
-    run = plan("mera+", **{"mera_plus.correct": True})
+    run = plan("mera+", **{"mera_plus.correct": True, "distil.own": "drawn"})
     for before, stage in zip(run.stages, run.stages[1:], strict=False):
         for name, connector in stage.final.connectors.items():
             step = run.steps[connector]
