@@ -18,14 +18,14 @@ def test_they_run_on_mera_s_stages_and_are_compared(copy):
     code, text = copy.run("compare", "params/tiny.yaml", *PAIR, "--methods", methods)
     assert code == 0, text
     kinds = [name.split("/")[1] for name in set(copy.artifacts()) - before]
-    assert not set(kinds) & {"align", "fine-tune", "merge", "realign"}  # those are MERA's
-    expected = {"compose": 1, "statistics": 2, "distil": 2, "realign-masked": 2}
+    assert not set(kinds) & {"align", "fine-tune", "merge"}  # those are MERA's
+    # mera+ distils the old modality, and realigns the new one on all its rows
+    expected = {"compose": 1, "statistics": 1, "distil": 1, "realign": 1, "realign-masked": 2}
     assert {kind: kinds.count(kind) for kind in expected} == expected
     table = (copy.folder / "reports/tiny/compare/table.csv").read_text()
     rows = {row["method"]: row for row in csv.DictReader(table.splitlines())}
     assert rows.keys() == {"mera", "mera+", "mera-masks"}
-    # 1 % of 64 rows is one row of each modality; MERA keeps 16
-    assert (rows["mera+"]["replay_rows"], rows["mera"]["replay_rows"]) == ("2.0", "32.0")
+    assert (rows["mera+"]["replay_rows"], rows["mera"]["replay_rows"]) == ("0.0", "32.0")
     aliases = {alias for (alias,) in copy.mlflow("select alias from registered_model_aliases")}
     assert "mera-plus-image-audio" in aliases
     code, text = copy.run("export", "tiny@mera+-image-audio", "--out", "model", *PAIR)
