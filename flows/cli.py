@@ -153,18 +153,26 @@ def search(
     ] = False,
     seed: Seed = None,
     settings: Settings = None,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Only say what is cached and what must run.")
+    ] = False,
 ) -> None:
     """Choose methods' parameters on validation rows, with the same small budget for each."""
     prepare()
     overrides = overrides_of(None, seed, settings)
     checked(recipe, overrides)
-    from flows.searching import describe
-    from flows.searching import search as search_rules
+    from flows import searching
     from graftline.methods.search import CANDIDATES
 
-    rules = rule or list(CANDIDATES)
-    for file in search_rules(str(recipe), rules, overrides, console, rates=rates):
-        out.print(f"{describe(file)}\n   {file}", markup=False, highlight=False, soft_wrap=True)
+    path, rules = str(recipe), rule or list(CANDIDATES)
+    trials = searching.trials_of(path, rules, overrides, rates=rates)
+    if budget:
+        out.print(searching.budget(path, trials), markup=False, highlight=False, soft_wrap=True)
+        return
+    for file in searching.search(path, trials, console):
+        out.print(
+            f"{searching.describe(file)}\n   {file}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 @app.command()

@@ -36,18 +36,22 @@ def run_recipe(path: str, overrides: Mapping[str, Any], console: Console) -> str
             return str(continual.with_options(flow_run_name=name)(path, dict(overrides)))
 
 
-def run_several(path: str, runs: Sequence[Mapping[str, Any]], console: Console) -> list[str]:
+def run_several(
+    path: str, runs: Sequence[Mapping[str, Any]], console: Console, announce: Callable[[], None]
+) -> list[str]:
     """Runs the flow `several` and returns the folder of each run's report.
 
     Args:
         path: the recipe's file.
         runs: for each run, dotted key -> value that wins over the file.
         console: for progress bars.
+        announce: as for `run_comparison`.
 
     Raises:
         GraftlineError: a run cannot be done; finished steps and runs are kept.
     """
     with _serving(console):
+        announce()
         from flows.several import several
         from graftline.progress import shown
 

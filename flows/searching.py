@@ -4,60 +4,103 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.running import run_several
 from graftline.methods.search import Search, Trial, best_of, search_of, write_trials
-from graftline.recipe import load_recipe
+from graftline.recipe import Recipe, load_recipe
+from graftline.run_plan import plan_run
+from graftline.stores import open_store
 from tasks.outputs import search_file
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def search(
-    path: str,
-    methods: Sequence[str],
-    overrides: Mapping[str, Any],
-    console: Console,
-    *,
-    rates: bool,
-) -> list[Path]:
-    """Runs every candidate of some methods on the validation split and records which was best.
+@dataclass(frozen=True)
+class Trials:
+    """What is to be tried.
 
-    Candidates run side by side where slots are free. What was computed before is reused, so a
-    search that was stopped goes on.
+    Attributes:
+        recipe: what all trials have in common.
+        wanted: each search with each of its candidates.
+        runs: of each of them, dotted key -> value that wins over the recipe's file.
+    """
+
+    recipe: Recipe
+    wanted: Sequence[tuple[Search, Mapping[str, Any]]]
+    runs: Sequence[Mapping[str, Any]]
+
+
+def trials_of(
+    path: str, methods: Sequence[str], overrides: Mapping[str, Any], *, rates: bool
+) -> Trials:
+    """Every candidate of some methods, as a run on the validation split.
 
     Args:
         path: the recipe's file.
         methods: merge rules, rivals, or `finetune`.
         overrides: dotted key -> value, for all runs.
-        console: for progress bars.
         rates: search the fine-tuning's learning rate and length.
 
-    Returns:
-        The records: `reports/<recipe>/search/<method>-seed-<s>.json`; of rates
-        `<method>-rates-seed-<s>.json`.
-
     Raises:
-        GraftlineError: a method has nothing to search, or a run cannot be done.
+        GraftlineError: a method has nothing to search.
     """
     recipe = load_recipe(path, overrides)
     searches = [search_of(method, recipe, rates=rates) for method in methods]
     wanted = [(each, candidate) for each in searches for candidate in each.candidates]
     name = f"{recipe.name}-search"
     runs = [{**overrides, "name": name, **each.overrides(candidate)} for each, candidate in wanted]
-    trials: dict[str, list[Trial]] = {each.name: [] for each in searches}
+    return Trials(recipe, wanted, runs)
+
+
+def budget(path: str, trials: Trials) -> str:
+    """What a search will cost, from its plans and the store; computes nothing."""
+    from graftline.budget import budget_of
+    from tasks.own_data import known_data
+
+    data, _ = known_data(trials.recipe)
+    if data is None or any(name not in data.files for name in trials.recipe.order):
+        return "data must be built first: graftline data build"
+    plans = [plan_run(load_recipe(path, changes), data.files) for changes in trials.runs]
+    return budget_of(plans, open_store(trials.recipe.store, verify="quick")).text()
+
+
+def search(path: str, trials: Trials, console: Console) -> list[Path]:
+    """Runs every candidate and records which was best.
+
+    Candidates run side by side where slots are free. What was computed before is reused, so a
+    search that was stopped goes on.
+
+    Args:
+        path: the recipe's file.
+        trials: from `trials_of`.
+        console: for what is said and progress bars.
+
+    Returns:
+        The records: `reports/<recipe>/search/<method>-seed-<s>.json`; of rates
+        `<method>-rates-seed-<s>.json`.
+
+    Raises:
+        GraftlineError: a run cannot be done.
+    """
+
+    def announce() -> None:
+        console.print(budget(path, trials), markup=False, highlight=False, soft_wrap=True)
+
+    found: dict[str, tuple[Search, list[Trial]]] = {}
     data_md5 = ""
-    for (each, candidate), folder in zip(wanted, run_several(path, runs, console), strict=True):
+    folders = run_several(path, trials.runs, console, announce)
+    for (each, candidate), folder in zip(trials.wanted, folders, strict=True):
         metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
-        trials[each.name].append(trial_of(each, candidate, metrics))
+        found.setdefault(each.name, (each, []))[1].append(trial_of(each, candidate, metrics))
         data_md5 = metrics["data_md5"]
     files = []
-    for each in searches:
-        files.append(search_file(recipe, each.name))
-        write_trials(files[-1], each, trials[each.name], recipe, data_md5)
+    for each, tried in found.values():
+        files.append(search_file(trials.recipe, each.name))
+        write_trials(files[-1], each, tried, trials.recipe, data_md5)
     return files
 
 

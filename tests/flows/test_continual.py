@@ -134,8 +134,14 @@ def test_composition_needs_no_more_training(copy):
 @pytest.mark.usefixtures("one_server")
 def test_a_search_looks_at_validation_rows_alone(copy):
     before = set(copy.artifacts())
-    code, text = copy.run("search", "params/tiny.yaml", "--rule", "task-arithmetic", seconds=400)
+    wanted = ("search", "params/tiny.yaml", "--rule", "task-arithmetic")
+    code, text = copy.run(*wanted, "--budget")
     assert code == 0, text
+    assert "6 runs" in text and "6 compose" in text
+    assert set(copy.artifacts()) == before
+    code, text = copy.run(*wanted, seconds=400)
+    assert code == 0, text
+    assert "6 compose" in text  # said before it starts
     assert "in the recipe: compose: {parameters: {task-arithmetic:" in text
     record = json.loads(
         (copy.folder / "reports/tiny/search/task-arithmetic-seed-0.json").read_text()
