@@ -38,8 +38,8 @@ def run_recipe(path: str, overrides: Mapping[str, Any], console: Console) -> str
 
 def run_several(
     path: str, runs: Sequence[Mapping[str, Any]], console: Console, announce: Callable[[], None]
-) -> list[str]:
-    """Runs the flow `several` and returns the folder of each run's report.
+) -> list[dict[str, Any]]:
+    """Runs the flow `several` and returns the metrics of each run.
 
     Args:
         path: the recipe's file.

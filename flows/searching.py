@@ -92,9 +92,8 @@ def search(path: str, trials: Trials, console: Console) -> list[Path]:
 
     found: dict[str, tuple[Search, list[Trial]]] = {}
     data_md5 = ""
-    folders = run_several(path, trials.runs, console, announce)
-    for (each, candidate), folder in zip(trials.wanted, folders, strict=True):
-        metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    measured = run_several(path, trials.runs, console, announce)
+    for (each, candidate), metrics in zip(trials.wanted, measured, strict=True):
         found.setdefault(each.name, (each, []))[1].append(trial_of(each, candidate, metrics))
         data_md5 = metrics["data_md5"]
     files = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,31 +19,41 @@ from graftline.work import Machine
 from tasks.outputs import report_folder, run_name, usual_order
 from tasks.preflight import check_disk
 from tasks.references import DataVersion, Place
+from tasks.report import metrics_in
 from tasks.steps import unfinished
 
 
 @flow(name="several", persist_result=False, validate_parameters=False)
-def several(recipe_path: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def several(recipe_path: str, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Runs a recipe several times, each time with other keys.
 
     Args:
         recipe_path: `params/*.yaml`.
-        runs: of each, dotted key -> value; wins over the file. All have the same store and data.
+        runs: of each, dotted key -> value; wins over the file. All have the same store and data;
+            where several report into one folder, the last one's report stays.
 
     Returns:
-        The report's folder of each run.
+        The metrics of each run.
     """
     recipes = [load_recipe(recipe_path, changes) for changes in runs]
     folders = [report_folder(recipe, usual_order(recipe_path)) for recipe in recipes]
     with opened_run(recipes[0], folders[0]):
         data = versioned(recipes[0])
         plans = [plan_run(recipe, data.files) for recipe in recipes]
-        carry_out_runs(recipe_path, list(zip(runs, plans, strict=True)), data)
-    return [str(folder) for folder in folders]
+        metrics: list[dict[str, Any]] = [{} for _ in runs]
+
+        def keep(number: int) -> None:
+            metrics[number] = metrics_in(folders[number])
+
+        carry_out_runs(recipe_path, list(zip(runs, plans, strict=True)), data, keep)
+    return metrics
 
 
 def carry_out_runs(
-    recipe_path: str, runs: Sequence[tuple[Mapping[str, Any], RunPlan]], data: DataVersion
+    recipe_path: str,
+    runs: Sequence[tuple[Mapping[str, Any], RunPlan]],
+    data: DataVersion,
+    reported: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Computes what runs lack in all slots, and has `continual` report each that lacks nothing.
 
@@ -53,6 +63,7 @@ def carry_out_runs(
         recipe_path: `params/*.yaml`.
         runs: what each changes of the recipe, and its plan; what an earlier one lacks comes first.
         data: the data's version.
+        reported: is told the number of each run, from 0, when its report is written.
     """
     usual, plans = usual_order(recipe_path), [plan for _, plan in runs]
     if not plans:
@@ -71,10 +82,11 @@ def carry_out_runs(
 
         # a run's time is what went by since the report before it
         @flow(name="continual", flow_run_name=title, persist_result=False)
-        def reported(recipe_path: str, overrides: Mapping[str, Any]) -> None:
+        def one_of_them(recipe_path: str, overrides: Mapping[str, Any]) -> None:
             run_once(recipe_path, overrides, started, missing)
 
-        reported(recipe_path, changes)
+        one_of_them(recipe_path, changes)
         started = time.monotonic()
+        reported(number)
 
     carry_out_all(plans, Place(first.store, Machine.of(first)), data, report)

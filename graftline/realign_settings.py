@@ -34,8 +34,8 @@ class DistilSettings(PhaseSettings):
     )
     teacher: Literal["before", "first"] = Field(
         "before",
-        description="who teaches an old modality: the model of the stage before, or of the stage "
-        "that learned it, whose backbone must be kept for that (`first`)",
+        description="who teaches an old modality: the model at the end of the stage before, or of "
+        "the stage that learned it, whose backbone must be kept for that (`first`)",
     )
     own: Literal["drawn", "rows", "answers"] = Field(
         "answers",

@@ -22,6 +22,7 @@ class Turn:
         vanilla: after naive fine-tuning.
         model: the backbone that connectors are realigned to, and the connectors as they are.
         learned: modality -> the vanilla model of the stage that learned it, the new one's too.
+        ended: old modality -> the model at the end of the stage that learned it.
     """
 
     stage: int
@@ -30,6 +31,7 @@ class Turn:
     vanilla: Model
     model: Model
     learned: dict[str, Model]
+    ended: Mapping[str, Model]
 
     def taught_by(self, modality: str) -> Model:
         """The model that a connector was trained in: the old one, or the new one's vanilla."""
@@ -93,10 +95,12 @@ def grow(
     """
     model, stages = start(planner), list[Stage]()
     learned: dict[str, Model] = {}
+    ended: dict[str, Model] = {}
     for index, modality in enumerate(order, start=1):
-        stage = add_stage(planner, model, modality, index, merge, realign, learned)
+        stage = add_stage(planner, model, modality, index, merge, realign, learned, ended)
         stages.append(stage)
         learned[modality] = stage.vanilla or stage.final
+        ended[modality] = stage.final
         model = Model((stage.merged or learned[modality]).backbone, stage.final.connectors)
     return stages
 
@@ -109,6 +113,7 @@ def add_stage(
     merge: Merge | None,
     realign: Realign | None,
     learned: Mapping[str, Model],
+    ended: Mapping[str, Model],
 ) -> Stage:
     """One stage: what makes theta_i and its connectors of theta_{i-1} and a new modality.
 
@@ -120,6 +125,7 @@ def add_stage(
         merge: the third step, taken from the second stage on; `None` leaves it out.
         realign: the fourth step, likewise.
         learned: old modality -> the vanilla model of the stage that learned it, if known.
+        ended: old modality -> the model at the end of that stage, if known.
     """
     vanilla = add_modality(planner, before, modality, index)
     final, merged = vanilla, None
@@ -129,7 +135,8 @@ def add_stage(
             final = merged = Model(backbone, vanilla.connectors)
         if realign is not None:
             known = {**learned, modality: vanilla}
-            final = realign(Turn(index, modality, before, vanilla, final, known))
+            turn = Turn(index, modality, before, vanilla, final, known, dict(ended))
+            final = realign(turn)
     return Stage(index, modality, final, vanilla, merged)
 
 

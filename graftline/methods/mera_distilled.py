@@ -35,6 +35,7 @@ def distilled(planner: RealignPlanner, turn: Turn, replay: float) -> Model:
             stage = 1 + list(turn.learned).index(name)
             statistics = planner.statistics(turn.learned[name], name, stage)
             share = replay
-        old = turn.learned[name] if teacher == "first" else turn.taught_by(name)
+        first = turn.ended.get(name) if teacher == "first" else None
+        old = first or turn.taught_by(name)
         connectors[name] = planner.distil(turn.model, name, turn.stage, old, statistics, share)
     return replace(turn.model, connectors=connectors)

@@ -89,13 +89,14 @@ def test_a_connector_is_taught_by_the_model_that_it_was_trained_in() -> None:
 
 def test_it_may_be_taught_by_the_model_that_learned_its_modality() -> None:
     run = plan("mera-distilled", **{"distil.own": "drawn", "distil.teacher": "first"})
-    learned = {stage.modality: stage.vanilla or stage.final for stage in run.stages}
+    ended = {stage.modality: stage.final for stage in run.stages}
     for stage in run.stages[1:]:
         for name, connector in stage.final.connectors.items():
+            taught = stage.vanilla if name == stage.modality else ended[name]
             step = run.steps[connector]
-            assert step.parents["old"] == learned[name].backbone
-            assert step.parents[f"taught.{name}"] == learned[name].connectors[name]
-    # an expert's own model teaches the second stage either way
+            assert step.parents["old"] == taught.backbone
+            assert step.parents[f"taught.{name}"] == taught.connectors[name]
+    # in the stage after its own both are one
     assert run.steps[run.stages[1].final.connectors["image"]] in of_kind(
         plan("mera-distilled"), "distil"
     )
