@@ -106,7 +106,7 @@ def search(path: str, trials: Trials, console: Console) -> list[Path]:
 def trial_of(search: Search, candidate: Mapping[str, Any], metrics: Mapping[str, Any]) -> Trial:
     """What a candidate's run says, by what the search is judged by."""
     scores = metrics["scores" if search.judged_by == "final" else "scores_when_learned"]
-    return Trial(candidate, metrics["retention"], scores)
+    return Trial(candidate, metrics["retention"], scores, metrics["fingerprint"])
 
 
 def describe(file: Path) -> str:

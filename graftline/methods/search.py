@@ -171,11 +171,13 @@ class Trial:
         parameters: what differs from the recipe, or from the rule's defaults.
         retention: in per cent; None where an expert scores nothing, or none was asked.
         scores: modality -> score from 0 to 1; candidates are compared by their mean.
+        fingerprint: of its run; records of earlier versions have none.
     """
 
     parameters: Mapping[str, Any]
     retention: float | None
     scores: Mapping[str, float]
+    fingerprint: str | None = None
 
     @property
     def score(self) -> float:
@@ -224,8 +226,13 @@ def write_trials(
         "data_md5": data_md5,
         "chosen": dict(best_of(trials).parameters),
         "trials": [
-            {"parameters": dict(t.parameters), "retention": t.retention, "scores": dict(t.scores)}
-            for t in trials
+            {
+                "parameters": dict(trial.parameters),
+                "retention": trial.retention,
+                "scores": dict(trial.scores),
+                "fingerprint": trial.fingerprint,
+            }
+            for trial in trials
         ],
     }
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def test_settings_are_judged_by_the_end_and_rates_by_what_was_just_learned(
     recipe = load_recipe(TINY, {"order": ["audio", "image"]})
     search = search_of(method, recipe, rates=rates)
     trials = [
-        trial_of(search, candidate, {"retention": None, **metrics})
+        trial_of(search, candidate, {"retention": None, "fingerprint": "f", **metrics})
         for candidate, metrics in zip(search.candidates[:2], (LOYAL, QUICK), strict=True)
     ]
     write_trials(tmp_path / "search.json", search, trials, recipe, "md5")
