@@ -71,8 +71,8 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
         "mera+": (
             {}, {"distil.teacher": "first"}, {"distil.teacher": "first", "mera_plus.replay": 0.01},
             {"distil.teacher": "first", "distil.samples": 1280},
-            {"distil.teacher": "first", "distil.steps": 160},
-            {"distil.teacher": "first", "distil.samples": 1280, "distil.steps": 160},
+            {"distil.teacher": "first", "distil.clusters": 256},
+            {"distil.teacher": "first", "distil.learning_rate": 1e-4},
         ),
     }
 )  # fmt: skip
