@@ -41,7 +41,7 @@ def add(recipe_path: str, model: str, out: str, overrides: Mapping[str, Any] | N
     known = check_recipe(recipe, origin)
     [new] = [name for name in recipe.order if name not in known.encoders]
     folder = addition_folder(recipe, new)
-    started = time.monotonic()
+    started = time.time()
     with opened_run(recipe, folder) as record:
         data = versioned(recipe)
         addition = plan_addition(recipe, data.files, origin)

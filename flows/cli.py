@@ -28,6 +28,7 @@ from flows.options import (  # noqa: E402
     Verbose,
     checked,
     console,
+    no_data,
     out,
     overrides_of,
 )
@@ -167,7 +168,10 @@ def search(
     path, rules = str(recipe), rule or list(CANDIDATES)
     trials = searching.trials_of(path, rules, overrides, rates=rates)
     if budget:
-        out.print(searching.budget(path, trials), markup=False, highlight=False, soft_wrap=True)
+        known = searching.budget(path, trials)
+        if known is None:
+            raise no_data(trials.recipe)
+        out.print(known, markup=False, highlight=False, soft_wrap=True)
         return
     for file in searching.search(path, trials, console):
         out.print(

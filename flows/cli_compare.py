@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.options import RecipePath, Settings, Verbose, checked, console, out, overrides_of
-from graftline.errors import GraftlineError
+from flows.options import (
+    RecipePath,
+    Settings,
+    Verbose,
+    checked,
+    console,
+    no_data,
+    out,
+    overrides_of,
+)
 from tasks.environment import prepare
 
 if TYPE_CHECKING:
@@ -66,10 +74,7 @@ def compare(
     if budget:
         text = _budget(recipe, chosen, wanted, overrides, trust_reports)
         if text is None:
-            raise GraftlineError(
-                f"{chosen.data.folder} holds no data yet, so nothing can be planned; run: "
-                "graftline data build"
-            )
+            raise no_data(chosen)
         out.print(text, markup=False, highlight=False, soft_wrap=True)
         return
     from flows.running import run_comparison

@@ -11,7 +11,7 @@ from prefect import flow
 
 from flows.continual import opened_run
 from flows.data import versioned
-from flows.several import carry_out_runs
+from flows.several import run_all
 from graftline.budget import plans_of
 from graftline.comparison import BASELINE, WantedRun, comparison_of
 from graftline.plan import Reference
@@ -101,5 +101,5 @@ def _finished(
             _log.info("%s: finished before", run_name(plan.recipe, usual))
         else:
             lacking.append((run.changes(overrides), plan))
-    carry_out_runs(recipe_path, lacking, data)
+    run_all(recipe_path, lacking, data)
     return groups

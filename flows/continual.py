@@ -14,6 +14,7 @@ from prefect.runtime import flow_run
 from flows.data import versioned
 from flows.dispatch import carry_out_jobs, step_job
 from flows.slots import Job
+from graftline.costs import Window
 from graftline.execution import is_done
 from graftline.plan import Step
 from graftline.recipe import Recipe, load_recipe
@@ -43,13 +44,14 @@ def continual(recipe_path: str, overrides: Mapping[str, Any] | None = None) -> s
     Returns:
         The report's folder.
     """
-    return run_once(recipe_path, overrides, time.monotonic())
+    return run_once(recipe_path, overrides, time.time())
 
 
 def run_once(
     recipe_path: str,
     overrides: Mapping[str, Any] | None,
     started: float,
+    ended: float | None = None,
     beside: Collection[Step] = (),
 ) -> str:
     """What `continual` does.
@@ -57,8 +59,9 @@ def run_once(
     Args:
         recipe_path: `params/*.yaml`.
         overrides: dotted key -> value; wins over the file.
-        started: when its time began, by `time.monotonic`.
-        beside: steps that have computed since then, before it or for other runs.
+        started: when its time began, in seconds since the epoch.
+        ended: when it ended, if its steps were computed before; else it ends with the last one.
+        beside: steps that were computed in it before this, for whichever run.
 
     Returns:
         The report's folder.
@@ -74,7 +77,7 @@ def run_once(
             register_model(plan, place, data, model_id, model_alias(recipe, usual))
 
         name = run_name(recipe, usual)
-        carry_out_run(plan, data, folder, name, record, started, finish, beside)
+        carry_out_run(plan, data, folder, name, record, started, finish, ended, beside)
     return str(folder)
 
 
@@ -110,6 +113,7 @@ def carry_out_run(
     record: RunRecord,
     started: float,
     finish: Callable[[Place, str | None], None],
+    ended: float | None = None,
     beside: Collection[Step] = (),
 ) -> None:
     """Carries a plan out under a run of its own in MLflow, and writes its report.
@@ -120,9 +124,10 @@ def carry_out_run(
         folder: where the report goes.
         name: of the run in MLflow.
         record: of this process's run.
-        started: when it began, by `time.monotonic`.
+        started: when it began, in seconds since the epoch.
         finish: what is done last, with the id in MLflow of the last stage's model.
-        beside: steps that have computed since then, before this or for other runs.
+        ended: as for `run_once`.
+        beside: as for `run_once`.
     """
     recipe = plan.recipe
     if recipe.execution.where == "here":
@@ -133,8 +138,8 @@ def carry_out_run(
         place = Place(recipe.store, Machine.of(recipe), tracked)
         computed = [*beside, *unfinished(plan, open_store(recipe.store))]
         model_id = carry_out_stages(plan, place, data)
-        seconds = time.monotonic() - started
-        write_run_report(plan, place, data, folder, seconds, computed)
+        window = Window(started, ended or time.time())
+        write_run_report(plan, place, data, folder, window, computed)
         finish(place, model_id)
         tag_run(tracked, {"report": str(folder)})
 

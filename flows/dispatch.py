@@ -61,8 +61,11 @@ def carry_out_jobs(
     return carry_out([sent], slots, {"here": place.machine.slots}, after)
 
 
-def carry_out_all(
-    plans: Sequence[RunPlan], place: Place, data: DataVersion, ready: Callable[[int], None]
+def compute_lacking(
+    plans: Sequence[RunPlan],
+    place: Place,
+    data: DataVersion,
+    ready: Callable[[int, Sequence[Step]], None],
 ) -> None:
     """Computes what several runs lack, side by side; what they share, once.
 
@@ -70,7 +73,8 @@ def carry_out_all(
         plans: of the runs; what an earlier one lacks comes first.
         place: where artifacts lie.
         data: the data's version.
-        ready: is told the number of each plan, from 0, whose steps are all there.
+        ready: is told the number of each plan, from 0, whose steps are all there, and which steps,
+            of whichever plans, were computed since it was told so before.
     """
     store = open_store(place.store)
     groups: list[list[Job]] = []
@@ -92,26 +96,30 @@ def carry_out_all(
                 jobs.append(step_job(step, place, needs))
         groups.append(jobs)
         lacking[number] = lacks
+    recent: list[Step] = []
 
-    def tell(finished: set[Hashable]) -> None:
+    def tell(finished: Sequence[Step]) -> None:
+        recent.extend(finished)
         for lacks in lacking.values():
-            lacks -= finished
+            lacks -= {step.reference for step in finished}
         for number in [number for number, lacks in lacking.items() if not lacks]:
             del lacking[number]
-            ready(number)
+            ready(number, tuple(recent))
+            recent.clear()
 
-    tell(set())
+    tell(())
     if recipes:
         execution = plans[0].recipe.execution
         carry_out_jobs(groups, recipes, execution, place, data, lambda job: tell(_steps_of(job)))
 
 
-def _steps_of(job: Job) -> set[Hashable]:
+def _steps_of(job: Job) -> Sequence[Step]:
     """The steps that a job finishes, on whichever machine."""
     chain = job.arguments.get("chain")
-    if chain is None:
-        return {job.name}
-    return {step.reference for step in chain.steps} if not chain.share else set()
+    if chain is not None:
+        return chain.steps if not chain.share else ()
+    step: Step = job.arguments["step"]
+    return (step,) if step.reference == job.name else ()  # rows alone finish no step
 
 
 def sent_out(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from graftline.errors import GraftlineError
+
 if TYPE_CHECKING:
     from graftline.recipe import Recipe
 
@@ -45,6 +47,14 @@ def overrides_of(
     if seed is not None:
         overrides["seed"] = seed
     return overrides
+
+
+def no_data(recipe: Recipe) -> GraftlineError:
+    """Why nothing can be planned, and what to do."""
+    return GraftlineError(
+        f"{recipe.data.folder} holds no data yet, so nothing can be planned; run: "
+        "graftline data build"
+    )
 
 
 def checked(path: Path, overrides: dict[str, Any]) -> Recipe:

@@ -56,14 +56,14 @@ def trials_of(
     return Trials(recipe, wanted, runs)
 
 
-def budget(path: str, trials: Trials) -> str:
-    """What a search will cost, from its plans and the store; computes nothing."""
+def budget(path: str, trials: Trials) -> str | None:
+    """What a search will cost, from its plans and the store; `None` while there are no data."""
     from graftline.budget import budget_of
     from tasks.own_data import known_data
 
     data, _ = known_data(trials.recipe)
     if data is None or any(name not in data.files for name in trials.recipe.order):
-        return "data must be built first: graftline data build"
+        return None
     plans = [plan_run(load_recipe(path, changes), data.files) for changes in trials.runs]
     return budget_of(plans, open_store(trials.recipe.store, verify="quick")).text()
 
@@ -88,7 +88,8 @@ def search(path: str, trials: Trials, console: Console) -> list[Path]:
     """
 
     def announce() -> None:
-        console.print(budget(path, trials), markup=False, highlight=False, soft_wrap=True)
+        known = budget(path, trials) or "data must be built first"
+        console.print(known, markup=False, highlight=False, soft_wrap=True)
 
     found: dict[str, tuple[Search, list[Trial]]] = {}
     data_md5 = ""

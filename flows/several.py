@@ -11,16 +11,16 @@ from prefect import flow
 
 from flows.continual import opened_run, run_once
 from flows.data import versioned
-from flows.dispatch import carry_out_all
+from flows.dispatch import compute_lacking
+from graftline.plan import Step
 from graftline.recipe import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.stores import open_store
 from graftline.work import Machine
 from tasks.outputs import report_folder, run_name, usual_order
-from tasks.preflight import check_disk
+from tasks.preflight import check_disk, check_folders
 from tasks.references import DataVersion, Place
 from tasks.report import metrics_in
-from tasks.steps import unfinished
 
 
 @flow(name="several", persist_result=False, validate_parameters=False)
@@ -45,11 +45,11 @@ def several(recipe_path: str, runs: Sequence[Mapping[str, Any]]) -> list[dict[st
         def keep(number: int) -> None:
             metrics[number] = metrics_in(folders[number])
 
-        carry_out_runs(recipe_path, list(zip(runs, plans, strict=True)), data, keep)
+        run_all(recipe_path, list(zip(runs, plans, strict=True)), data, keep)
     return metrics
 
 
-def carry_out_runs(
+def run_all(
     recipe_path: str,
     runs: Sequence[tuple[Mapping[str, Any], RunPlan]],
     data: DataVersion,
@@ -69,24 +69,25 @@ def carry_out_runs(
     if not plans:
         return
     first = plans[0].recipe
-    steps = {name: step for plan in plans for name, step in plan.steps.items()}
-    together, store = replace(plans[0], steps=steps), open_store(first.store)
+    for plan in plans:
+        check_folders(plan.recipe, report_folder(plan.recipe, usual))
     if first.execution.where == "here":
-        check_disk(together, store)
-    missing, started = unfinished(together, store), time.monotonic()
+        steps = {name: step for plan in plans for name, step in plan.steps.items()}
+        check_disk(replace(plans[0], steps=steps), open_store(first.store))
+    started = time.time()
 
-    def report(number: int) -> None:
+    def report(number: int, computed: Sequence[Step]) -> None:
+        # a run's time is what went by since the report before it began
         nonlocal started
-        changes, plan = runs[number]
+        ended, (changes, plan) = time.time(), runs[number]
         title = f"{plan.recipe.name} {run_name(plan.recipe, usual)}"
 
-        # a run's time is what went by since the report before it
         @flow(name="continual", flow_run_name=title, persist_result=False)
         def one_of_them(recipe_path: str, overrides: Mapping[str, Any]) -> None:
-            run_once(recipe_path, overrides, started, missing)
+            run_once(recipe_path, overrides, started, ended, computed)
 
         one_of_them(recipe_path, changes)
-        started = time.monotonic()
+        started = ended
         reported(number)
 
-    carry_out_all(plans, Place(first.store, Machine.of(first)), data, report)
+    compute_lacking(plans, Place(first.store, Machine.of(first)), data, report)

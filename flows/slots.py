@@ -59,12 +59,15 @@ def carry_out(
         name -> finished future.
 
     Raises:
-        Exception: what the first job that failed raised; what has not started then, does not.
+        Exception: what the first job that failed raised. What has not started by then of its group
+            and of later ones, does not; earlier groups go on to their end before.
     """
+    group_of = {job.name: number for number, jobs in enumerate(groups) for job in jobs}
     ordered = groups if slots == 1 else [_longest_chain_first(jobs) for jobs in groups]
     waiting = [job for jobs in ordered for job in jobs]
     running: dict[PrefectFuture[Any], Job] = {}
     finished: dict[Hashable, PrefectFuture[Any]] = {}
+    failures: list[Exception] = []
     with ThreadPoolTaskRunner(max_workers=slots) as runner:
         while waiting or running:
             while len(running) < slots:
@@ -75,10 +78,17 @@ def carry_out(
                 parents = [finished[name] for name in job.needs]
                 running[runner.submit(job.task, dict(job.arguments), wait_for=parents)] = job
             future = next(as_completed(list(running)))
-            future.result()
             done = running.pop(future)
+            try:
+                future.result()
+            except Exception as error:  # whatever the job raised
+                failures.append(error)
+                waiting = [job for job in waiting if group_of[job.name] < group_of[done.name]]
+                continue
             finished[done.name] = future
             after(done)
+    if failures:
+        raise failures[0]
     return finished
 
 

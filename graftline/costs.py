@@ -117,15 +117,28 @@ def step_seconds(step: Step, store: Store) -> float | None:
     return float(json.loads(file.read_text("utf-8"))["step_seconds"]) if file.exists() else None
 
 
-def busy_seconds(steps: Iterable[Step], store: Store, since: float) -> float:
-    """Wall time after `since` (seconds since the epoch) in which some finished step computed."""
+@dataclass(frozen=True)
+class Window:
+    """A stretch of time, from one second since the epoch to another."""
+
+    started: float
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.ended - self.started
+
+
+def busy_seconds(steps: Iterable[Step], store: Store, window: Window) -> float:
+    """How many seconds of a window some finished step computed."""
     spans = []
     for step in steps:
         seconds = step_seconds(step, store)
         end = _timing(step, store).stat().st_mtime if seconds is not None else 0.0
-        if seconds is not None and end > since:
-            spans.append((max(since, end - seconds), end))
-    busy, reached = 0.0, since
+        if seconds is not None and end > window.started and end - seconds < window.ended:
+            spans.append((max(window.started, end - seconds), min(window.ended, end)))
+    busy, reached = 0.0, window.started
     for start, end in sorted(spans):
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)

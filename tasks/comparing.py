@@ -83,14 +83,14 @@ def reported_runs(
 
 
 def is_finished(plan: RunPlan, folder: Path, done: set[Reference]) -> bool:
-    """Whether a run is reported and its steps are in the store.
+    """Whether a run is reported in full and its steps are in the store.
 
     Args:
         plan: the run.
         folder: its report.
         done: steps that were found earlier, which are not looked at again; gets what is found.
     """
-    if not is_reported(plan, folder):
+    if not (is_reported(plan, folder) and metrics_in(folder).get("step_seconds")):
         return False
     store = open_store(plan.recipe.store, verify="quick")
     done |= {r for r, step in plan.steps.items() if r not in done and is_done(step, store)}

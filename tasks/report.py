@@ -6,7 +6,6 @@ import json
 import re
 import resource
 import sys
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from prefect.cache_policies import NO_CACHE
 
 from graftline.asking.links import links_of
 from graftline.asking.parts import parts_of_plan
-from graftline.costs import Costs, busy_seconds, costs_of, seconds_by_step
+from graftline.costs import Costs, Window, busy_seconds, costs_of, seconds_by_step
 from graftline.evaluation.pictures import score_matrix, scores_over_stages
 from graftline.evaluation.report import (
     COSTS,
@@ -76,7 +75,7 @@ def write_run_report(
     place: Place,
     data: DataVersion,
     folder: Path,
-    seconds: float,
+    window: Window,
     computed: Collection[Step],
 ) -> str:
     """Writes `reports/...`: metrics, tables and pictures; and the run's totals to MLflow.
@@ -86,8 +85,8 @@ def write_run_report(
         place: where its artifacts lie.
         data: the data's version.
         folder: where the report goes.
-        seconds: how long the run took so far.
-        computed: steps that computed in that time and were not reused. A report of the same result
+        window: the run's time so far.
+        computed: steps that were computed in it and not found. A report of the same result
             stays as it is when there were none, so that its wall time stays the computation's; what
             an older version did not record is added.
 
@@ -101,11 +100,11 @@ def write_run_report(
         if not (has_costs(old) and old.get("step_seconds") and (folder / HEADLINE).exists()):
             metrics = write_report(folder, _with_costs(read_report(folder), plan, store))
     else:
-        idle = max(0.0, seconds - busy_seconds(computed, store, since=time.time() - seconds))
-        run = _with_costs(_collect(plan, place, data, seconds), plan, store)
+        idle = max(0.0, window.seconds - busy_seconds(computed, store, window))
+        run = _with_costs(_collect(plan, place, data, window.seconds), plan, store)
         metrics = write_report(folder, replace(run, idle_seconds=idle))
     if not all(path.exists() for path in pictures(folder)) or metrics is not old:
-        _draw(folder, _collect(plan, place, data, seconds))
+        _draw(folder, _collect(plan, place, data, window.seconds))
     _publish(plan, place, folder, metrics)
     return str(folder)
 
@@ -301,5 +300,5 @@ def metrics_in(folder: Path) -> dict[str, Any]:
 
 
 def has_costs(metrics: Mapping[str, Any]) -> bool:
-    """Whether a report holds all that this version derives from artifacts."""
+    """Whether a report holds the costs that this version derives from artifacts."""
     return all(metrics.get(field.name) is not None for field in fields(Costs))

@@ -12,13 +12,15 @@ from graftline.realign_plan import RealignPlanner
 
 
 def mera_distilled(planner: Planner, order: Sequence[str]) -> list[Stage]:
-    """Connectors learn from what was recorded of their modality's media, and from no row."""
+    """Old connectors learn from what was recorded of their modality's media, and from no row."""
     steps = RealignPlanner.beside(planner)
     return grow(steps, order, steps.merge, lambda turn: distilled(steps, turn, 0.0))
 
 
 def distilled(planner: RealignPlanner, turn: Turn, replay: float) -> Model:
-    """The turn's model with every connector realigned from a model that has its modality.
+    """The turn's model with each old connector realigned from a model that has its modality.
+
+    The new one's learns as `distil.own` says.
 
     Args:
         planner: makes the steps.

@@ -150,6 +150,14 @@ def test_after_a_failure_nothing_more_starts(server: None) -> None:
     assert "c" not in _started
 
 
+def test_a_failure_leaves_earlier_groups_to_their_end(server: None) -> None:
+    later = [_job("breaks"), _job("after", "breaks")]
+    with pytest.raises(ValueError, match="breaks"):
+        _run_groups([_chain("a"), later, [_job("last")]], 2, 1)
+    assert [name for name in _told if name in ("a1", "a2", "a3")] == ["a1", "a2", "a3"]
+    assert not {"after", "last"} & set(_started)
+
+
 def test_models_built_at_once_leave_the_default_dtype_alone(tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("backbone")
     make_tiny(folder, seed=0)
