@@ -33,6 +33,20 @@ COSTS = (
     "idle_seconds",
 )
 """What reports of earlier versions may lack: metrics and fields of `RunScores`."""
+_NAMED = ("recipe", "method", "seed")
+_MEASURED = (
+    "text_perplexity_before",
+    "text_perplexity_after",
+    "wall_seconds",
+    "computing_seconds",
+    "merging_seconds",
+    "storage_bits",
+    *COSTS,
+    "peak_rss_bytes",
+    "data_md5",
+    "fingerprint",
+)
+"""Metrics that are fields of `RunScores`, as they are."""
 
 
 @dataclass(frozen=True)
@@ -179,30 +193,16 @@ def metrics_of(run: RunScores, replicates: int = 2000) -> dict[str, Any]:
     missing = [m for m in run.order if m not in stages.get(last, {})]
     if missing:
         raise EvaluationError(f"no final score after stage {last} of {', '.join(missing)}")
-    gains = gains_of(scores, run.order)
-    named = {
-        **{key: getattr(gains, key) for key in HEADLINES},
-        **{f"brg_per_stage.{i}": gain for i, gain in gains.brg_per_stage.items()},
-        **{f"frg_per_stage.{i}": gain for i, gain in gains.frg_per_stage.items()},
-    }
     found = run_intervals([bootstrap_cells(run)], run.order, replicates)
     final = [c for c in run.cells if c.point == "final" and c.stage == last]
-    n = {m: sum(c.n for c in final if c.modality == m) for m in run.order}
     diagonal = {m: stages.get(i, {}).get(m) for i, m in enumerate(run.order, start=1)}
     return {
         "recipe": run.recipe,
         "method": run.method,
         "seed": run.seed,
         "order": list(run.order),
-        "n": n,
-        "brg": gains.brg.value,
-        "brg_mean": gains.brg_mean.value,
-        "brg_per_stage": {str(i): gain.value for i, gain in gains.brg_per_stage.items()},
-        "frg": gains.frg_mean.value,
-        "frg_mean": gains.frg_mean.value,
-        "frg_per_stage": {str(i): gain.value for i, gain in gains.frg_per_stage.items()},
-        "retention": gains.retention.value,
-        "undefined": {k: gain.reason for k, gain in named.items() if gain.value is None},
+        "n": {m: sum(c.n for c in final if c.modality == m) for m in run.order},
+        **_gain_metrics(gains_of(scores, run.order)),
         "intervals": {name: asdict(each) for name, each in found.items()},
         "scores": {m: stages[last][m] for m in run.order},
         JOINT: stages[last].get(JOINT),
@@ -212,17 +212,26 @@ def metrics_of(run: RunScores, replicates: int = 2000) -> dict[str, Any]:
         "scores_per_task": {
             m: {c.task: _task_score(c) for c in final if c.modality == m} for m in stages[last]
         },
-        "text_perplexity_before": run.text_perplexity_before,
-        "text_perplexity_after": run.text_perplexity_after,
-        "wall_seconds": run.wall_seconds,
-        "computing_seconds": run.computing_seconds,
-        "merging_seconds": run.merging_seconds,
-        "storage_bits": run.storage_bits,
-        **{name: getattr(run, name) for name in COSTS},
-        "peak_rss_bytes": run.peak_rss_bytes,
-        "data_md5": run.data_md5,
-        "fingerprint": run.fingerprint,
+        **{name: getattr(run, name) for name in _MEASURED},
         "step_seconds": None if run.step_seconds is None else dict(run.step_seconds),
+    }
+
+
+def _gain_metrics(gains: Gains) -> dict[str, Any]:
+    named = {
+        **{key: getattr(gains, key) for key in HEADLINES},
+        **{f"brg_per_stage.{i}": gain for i, gain in gains.brg_per_stage.items()},
+        **{f"frg_per_stage.{i}": gain for i, gain in gains.frg_per_stage.items()},
+    }
+    return {
+        "brg": gains.brg.value,
+        "brg_mean": gains.brg_mean.value,
+        "brg_per_stage": {str(i): gain.value for i, gain in gains.brg_per_stage.items()},
+        "frg": gains.frg_mean.value,
+        "frg_mean": gains.frg_mean.value,
+        "frg_per_stage": {str(i): gain.value for i, gain in gains.frg_per_stage.items()},
+        "retention": gains.retention.value,
+        "undefined": {k: gain.reason for k, gain in named.items() if gain.value is None},
     }
 
 
@@ -272,7 +281,7 @@ def read_report(folder: Path) -> RunScores:
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         cells = cells_in((folder / EXAMPLES).read_text(encoding="utf-8"))
-        scalars = {name: metrics[name] for name in _SCALARS}
+        scalars = {name: metrics[name] for name in (*_NAMED, *_MEASURED) if name not in COSTS}
         # older reports have none of these
         scalars |= {name: metrics.get(name) for name in (*COSTS, "step_seconds")}
         return RunScores(order=tuple(metrics["order"]), cells=cells, **scalars)
@@ -281,22 +290,6 @@ def read_report(folder: Path) -> RunScores:
             f"{folder} holds no readable report ({type(error).__name__}: {error}): "
             "run the recipe again to write metrics.json and examples.csv"
         ) from error
-
-
-_SCALARS = (
-    "recipe",
-    "method",
-    "seed",
-    "wall_seconds",
-    "computing_seconds",
-    "merging_seconds",
-    "storage_bits",
-    "peak_rss_bytes",
-    "data_md5",
-    "fingerprint",
-    "text_perplexity_before",
-    "text_perplexity_after",
-)
 
 
 def _task_score(cell: ScoreCell) -> dict[str, Any]:
