@@ -100,10 +100,10 @@ def _budget(
     trust_reports: bool,
 ) -> str | None:
     """What the comparison will cost; `None` while there are no data to plan with."""
-    from tasks.own_data import known_data
+    from tasks.own_data import whole_data
 
-    data, _ = known_data(recipe)
-    if data is None or any(name not in data.files for name in recipe.order):
+    data = whole_data(recipe)
+    if data is None:
         return None
     from graftline.budget import budget_of, plans_of
     from graftline.stores import open_store

@@ -59,10 +59,10 @@ def trials_of(
 def budget(path: str, trials: Trials) -> str | None:
     """What a search will cost, from its plans and the store; `None` while there are no data."""
     from graftline.budget import budget_of
-    from tasks.own_data import known_data
+    from tasks.own_data import whole_data
 
-    data, _ = known_data(trials.recipe)
-    if data is None or any(name not in data.files for name in trials.recipe.order):
+    data = whole_data(trials.recipe)
+    if data is None:
         return None
     plans = [plan_run(load_recipe(path, changes), data.files) for changes in trials.runs]
     return budget_of(plans, open_store(trials.recipe.store, verify="quick")).text()

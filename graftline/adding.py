@@ -184,7 +184,7 @@ def plan_addition(recipe: Recipe, files: Files, folder: Path) -> Addition:
     start = Model(taken, dict.fromkeys(old, taken))
     replayed = [name for name in (*old, new) if name not in apart]
     halves = halves_of(recipe.method, RealignPlanner.beside(planner), replayed)
-    made = add_stage(planner, start, new, stage, *halves, {}, {})
+    made = add_stage(planner, start, new, stage, *halves, ())
     known = tuple(cell for cell in recorded if cell.modality in compared)
     plan = _plan(planner, made, taken, measured, _chain(known, origin, compared))
     _, realigns = halves

@@ -79,6 +79,12 @@ def with_own(recipe: Recipe, folder: DataVersion | None, own: Mapping[str, OwnRo
     return DataVersion(folder.folder, md5, {**folder.files, **files}, folder.source)
 
 
+def whole_data(recipe: Recipe) -> DataVersion | None:
+    """The version of a recipe's data if every modality's is there; nothing is imported or built."""
+    data, _ = known_data(recipe)
+    return data if data is not None and data.files.keys() >= set(recipe.order) else None
+
+
 def known_data(recipe: Recipe) -> tuple[DataVersion | None, list[str]]:
     """The version of a recipe's data as far as it is there, and what is wrong with its sources.
 

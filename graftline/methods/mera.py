@@ -94,14 +94,11 @@ def grow(
             stage's alone: the next one starts from the merged backbone.
     """
     model, stages = start(planner), list[Stage]()
-    learned: dict[str, Model] = {}
-    ended: dict[str, Model] = {}
     for index, modality in enumerate(order, start=1):
-        stage = add_stage(planner, model, modality, index, merge, realign, learned, ended)
+        stage = add_stage(planner, model, modality, index, merge, realign, stages)
         stages.append(stage)
-        learned[modality] = stage.vanilla or stage.final
-        ended[modality] = stage.final
-        model = Model((stage.merged or learned[modality]).backbone, stage.final.connectors)
+        begun = stage.merged or stage.vanilla or stage.final
+        model = Model(begun.backbone, stage.final.connectors)
     return stages
 
 
@@ -112,8 +109,7 @@ def add_stage(
     index: int,
     merge: Merge | None,
     realign: Realign | None,
-    learned: Mapping[str, Model],
-    ended: Mapping[str, Model],
+    stages: Sequence[Stage],
 ) -> Stage:
     """One stage: what makes theta_i and its connectors of theta_{i-1} and a new modality.
 
@@ -124,8 +120,7 @@ def add_stage(
         index: i, from 1.
         merge: the third step, taken from the second stage on; `None` leaves it out.
         realign: the fourth step, likewise.
-        learned: old modality -> the vanilla model of the stage that learned it, if known.
-        ended: old modality -> the model at the end of that stage, if known.
+        stages: those before, as far as they are known.
     """
     vanilla = add_modality(planner, before, modality, index)
     final, merged = vanilla, None
@@ -134,9 +129,10 @@ def add_stage(
             backbone = merge(before.backbone, vanilla.backbone, index)
             final = merged = Model(backbone, vanilla.connectors)
         if realign is not None:
-            known = {**learned, modality: vanilla}
-            turn = Turn(index, modality, before, vanilla, final, known, dict(ended))
-            final = realign(turn)
+            learned = {stage.modality: stage.vanilla or stage.final for stage in stages}
+            learned[modality] = vanilla
+            ended = {stage.modality: stage.final for stage in stages}
+            final = realign(Turn(index, modality, before, vanilla, final, learned, ended))
     return Stage(index, modality, final, vanilla, merged)
 
 
