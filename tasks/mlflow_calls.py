@@ -37,6 +37,9 @@ _SERVER_FAULTS = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EX
 def perform(client: MlflowClient, operation: str, arguments: Mapping[str, Any]) -> str | None:
     """Carries out an operation of a server.
 
+    A refusal is believed the second time: runs that start at once may each look for the data's
+    record (or the experiment), find none and make it, and who lost that race finds it now.
+
     Returns:
         The id of what it made, if it made something.
 
@@ -44,6 +47,13 @@ def perform(client: MlflowClient, operation: str, arguments: Mapping[str, Any]) 
         Away: the server does not answer.
         Refused: it does not accept the call.
     """
+    try:
+        return _perform_once(client, operation, arguments)
+    except Refused:
+        return _perform_once(client, operation, arguments)
+
+
+def _perform_once(client: MlflowClient, operation: str, arguments: Mapping[str, Any]) -> str | None:
     try:
         return OPERATIONS[operation](client, **arguments)
     except RestException as error:

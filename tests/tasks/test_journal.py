@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Experiment
 
 from graftline.recipe import load_recipe
-from tasks import tracking
+from tasks import mlflow_calls, tracking
 from tasks.journal import PROMISED, Away, Journal, Refused
 from tasks.references import DataVersion
 from tasks.ui import free_port
@@ -186,3 +188,28 @@ def test_mlflow_learns_what_it_missed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert alias == [("tiny", "mera", 1)]
     rows.close()
     assert list((tmp_path / "files").rglob("metrics.json"))
+
+
+@pytest.mark.slow
+def test_who_loses_a_race_finds_what_the_other_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    port, database = free_port(), tmp_path / "server.db"
+    looked: list[str] = []
+
+    class Loser(MlflowClient):
+        """Looks for an experiment just before another run makes it."""
+
+        def get_experiment_by_name(self, name: str) -> Experiment | None:
+            looked.append(name)
+            return super().get_experiment_by_name(name) if len(looked) > 1 else None
+
+    with _mlflow(database, port):
+        uri = f"http://127.0.0.1:{port}"
+        made = MlflowClient(uri).create_experiment("tiny")
+        arguments = {"name": "tiny", "location": None}
+        assert mlflow_calls.perform(Loser(uri), "create_experiment", arguments) == made
+        with pytest.raises(Refused, match="nobody"):
+            mlflow_calls.perform(MlflowClient(uri), "log", {"run_id": "nobody", "tags": {"a": "b"}})
+    assert looked == ["tiny", "tiny"]
