@@ -64,6 +64,12 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
             {"rivals.o_lora.rank": 32, "rivals.o_lora.strength": 0.05},
             {"rivals.o_lora.rank": 32}, {"rivals.o_lora.rank": 32, "rivals.o_lora.strength": 5.0},
         ),
+        "pathweave": (
+            {}, {"rivals.pathweave.alpha": 8.0}, {"rivals.pathweave.rank": 32},
+            {"rivals.pathweave.rank": 32, "rivals.pathweave.alpha": 128.0},
+            {"rivals.pathweave.rank": 128, "rivals.pathweave.alpha": 128.0},
+            {"rivals.pathweave.rank": 128, "rivals.pathweave.alpha": 512.0},
+        ),
         "mera": (
             {}, {"merge.coefficient": 0.3}, {"merge.coefficient": 0.5}, {"merge.coefficient": 0.7},
             {"merge.depth": 0.5}, {"merge.depth": -0.5},
