@@ -18,7 +18,7 @@ from graftline.evaluation.joint import JointSet
 from graftline.evaluation.perplexity import text_perplexity
 from graftline.evaluation.scoring import score_rows
 from graftline.feature_steps import features, rows_of
-from graftline.guarded_steps import fisher, guarded_fine_tune
+from graftline.guarded_steps import fisher, guarded_fine_tune, logits
 from graftline.merging.backbones import merge_backbones
 from graftline.merging.streaming import MergeRequest, merge_checkpoints
 from graftline.model.backbone import convert_gguf, make_tiny
@@ -298,6 +298,7 @@ RUNNERS: dict[str, Callable[[Work], None]] = {
     "fine-tune": _fine_tune,
     "guarded-fine-tune": guarded_fine_tune,
     "fisher": fisher,
+    "logits": logits,
     "merge": _merge,
     "compose": _compose,
     "adapters": _adapters,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from graftline.data.examples import TrainingSet, replay_rows
-from graftline.model.loading import assemble, read_connector, read_record
+from graftline.data.examples import ExampleSet, TrainingSet, replay_rows
+from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
 from graftline.model.multimodal import Batch
 from graftline.progress import track
 from graftline.recipe import LoraSettings
 from graftline.training.elastic import fisher_diagonal, save_fisher, weighed_parameters
 from graftline.training.guarded import GuardCall
 from graftline.training.guarded import guarded_fine_tune as train_guarded
+from graftline.training.memory import record_logits
 from graftline.training.phases import examples_of
 from graftline.work import Work, call_of, phase_settings
 
@@ -26,6 +27,7 @@ def guarded_fine_tune(work: Work) -> None:
         fraction=parameters.get("fraction"),
         fisher=fisher_artifact.folder if fisher_artifact else None,
         earlier=list(work.role("subspace").values()),
+        logits=work.role("logits"),
     )
     train_guarded(
         call_of(work),
@@ -40,18 +42,30 @@ def guarded_fine_tune(work: Work) -> None:
     )
 
 
+def logits(work: Work) -> None:
+    """Records what a stage's model says of the rows of its modality that are kept for replay."""
+    parameters = work.step.parameters
+    loaded, [examples] = _learned(work, parameters["modality"])
+    kept = replay_rows(len(examples), parameters["fraction"], parameters["seed"])
+    record_logits(loaded, examples, kept, parameters["batch_size"], work.out, work.step.title)
+
+
+def _learned(work: Work, modality: str) -> tuple[LoadedModel, list[ExampleSet]]:
+    """A step's model with the connector of one modality, and that one's training rows."""
+    call, folder = call_of(work), work.role("connector")[modality]
+    record = read_record(folder, modality)
+    loaded = assemble(call.backbone, [(record, read_connector(folder, record))], call.system_prompt)
+    return loaded, examples_of(call, loaded, [modality])
+
+
 def fisher(work: Work) -> None:
     """Reads a stage's Fisher information from a seeded share of its training rows."""
     parameters = work.step.parameters
-    call, modality = call_of(work), parameters["modality"]
-    folder = work.role("connector")[modality]
-    record = read_record(folder, modality)
-    loaded = assemble(call.backbone, [(record, read_connector(folder, record))], call.system_prompt)
-    examples = examples_of(call, loaded, [modality])
+    loaded, examples = _learned(work, parameters["modality"])
     count = len(examples[0])
     share = min(1.0, parameters["rows"] / count)
-    kept = replay_rows(count, share, call.seed)
-    rows = TrainingSet(examples, parameters["batch_size"], call.seed, [kept])
+    kept = replay_rows(count, share, parameters["seed"])
+    rows = TrainingSet(examples, parameters["batch_size"], parameters["seed"], [kept])
     weighed = weighed_parameters(loaded, parameters["train_embeddings"])
     batches = -(-len(kept) // parameters["batch_size"])
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from graftline.encoders import describe_encoder, encoder_code
 from graftline.manifest import fingerprint_of
 from graftline.merging.rules import parameters_for, rule_named
 from graftline.model.connector_kinds import connector_parameters
 from graftline.model.own_backbone import backbone_parameters
-from graftline.recipe import LoraSettings, PhaseSettings, Recipe, RivalName
+from graftline.recipe import PhaseSettings, Recipe
 from graftline.step_code import code_digest, source_digest
 from graftline.store import Artifact, Store
 
@@ -106,27 +106,6 @@ class Model:
         return replace(self, connectors={**self.connectors, modality: connector})
 
 
-@dataclass(frozen=True)
-class Guard:
-    """What keeps a fine-tuning from forgetting.
-
-    Attributes:
-        name: the method.
-        settings: its own, plain data.
-        replayed: old modalities whose replay is seen again.
-        parents: role -> what it knows of earlier stages.
-        mode: which weights learn, where that is not the recipe's `fine_tune.mode`.
-        lora: of mode `lora`, where it is not the recipe's.
-    """
-
-    name: RivalName
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    replayed: tuple[str, ...] = ()
-    parents: Mapping[str, Reference] = field(default_factory=dict)
-    mode: Literal["attention", "lora"] | None = None
-    lora: LoraSettings | None = None
-
-
 class Planner:
     """Makes the steps of a recipe; the same step asked for twice is one step.
 
@@ -139,6 +118,13 @@ class Planner:
         self.recipe = recipe
         self.data_files = data_files
         self.steps: dict[Reference, Step] = {}
+
+    @classmethod
+    def beside(cls, planner: Planner) -> Self:
+        """The same plan: the steps of either are steps of both."""
+        own = cls(planner.recipe, planner.data_files)
+        own.steps = planner.steps
+        return own
 
     def backbone(self) -> Reference:
         """theta_0, as a folder that `transformers` loads."""
@@ -203,59 +189,6 @@ class Planner:
         tuned = self._add("fine-tune", parameters, parents, label, stage)
         kept = model.backbone if parameters["mode"] == "connector" else tuned
         return Model(kept, {**model.connectors, **dict.fromkeys(modalities, tuned)})
-
-    def guarded_fine_tune(self, model: Model, modality: str, stage: int, guard: Guard) -> Model:
-        """Fine-tuning that a guard keeps from forgetting: what a rival does in place of step 2.
-
-        With replay it takes as many more steps as rows are replayed, so that of the new modality
-        as much is seen as in naive fine-tuning [ours].
-        """
-        settings = self.recipe.fine_tune
-        parameters = {
-            **self._training(settings),
-            "modalities": [modality, *guard.replayed],
-            "mode": guard.mode or settings.mode,
-            "lora": (guard.lora or settings.lora).model_dump(include={"rank", "alpha"}),
-            "guard": guard.name,
-            "settings": dict(guard.settings),
-        }
-        if parameters["mode"] != "lora":
-            del parameters["lora"]
-        if guard.replayed:
-            fraction = parameters["fraction"] = self.recipe.replay.fraction
-            if guard.name == "replay":
-                parameters["steps"] = round(settings.steps * (1 + fraction * len(guard.replayed)))
-        parents = {"backbone": model.backbone, **guard.parents}
-        for name in parameters["modalities"]:
-            parents[f"connector.{name}"] = model.connectors[name]
-            parents[f"features.{name}"] = self.features(name)
-        label = f"{modality}: fine-tune ({guard.name})"
-        tuned = self._add("guarded-fine-tune", parameters, parents, label, stage)
-        learned = dict.fromkeys(parameters["modalities"], tuned)
-        return Model(tuned, {**model.connectors, **learned})
-
-    def fisher(
-        self, model: Model, modality: str, stage: int, previous: Reference | None
-    ) -> Reference:
-        """How much each weight of a stage's model matters to it and, decayed, to those before."""
-        ewc = self.recipe.rivals.ewc
-        parameters = {
-            "modality": modality,
-            "rows": ewc.fisher_rows,
-            "decay": ewc.decay,
-            "batch_size": self.recipe.fine_tune.batch_size,
-            "train_embeddings": self.recipe.fine_tune.train_embeddings,
-            "seed": self.recipe.seed,
-            **self._numerics(),
-        }
-        parents = {
-            "backbone": model.backbone,
-            f"connector.{modality}": model.connectors[modality],
-            f"features.{modality}": self.features(modality),
-        }
-        if previous is not None:
-            parents["previous"] = previous
-        return self._add("fisher", parameters, parents, f"{modality}: Fisher information", stage)
 
     def merge(self, previous: Reference, vanilla: Reference, stage: int) -> Reference:
         """MERA step 3: theta_i from theta_{i-1} and theta_i^v.

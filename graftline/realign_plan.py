@@ -14,13 +14,6 @@ MASK_RULE = "mmer"
 class RealignPlanner(Planner):
     """A planner that knows them."""
 
-    @classmethod
-    def beside(cls, planner: Planner) -> RealignPlanner:
-        """The same plan: the steps of either are steps of both."""
-        own = cls(planner.recipe, planner.data_files)
-        own.steps = planner.steps
-        return own
-
     def merge(self, previous: Reference, vanilla: Reference, stage: int) -> Reference:
         """MERA step 3, with the recipe's coefficients where it names any."""
         given = self.recipe.merge

@@ -38,12 +38,14 @@ GUARDED_CODE = (
     "training/distillation.py",
     "training/elastic.py",
     "training/guarded.py",
+    "training/memory.py",
+    "training/objective.py",
     "training/orthogonal.py",
 )
 DISTILLING_CODE = (
     *TRAINING_CODE,
     "training/distillation.py",
-    "training/guarded.py",
+    "training/objective.py",
     "evaluation/answering.py",
     "realignment/distilling.py",
     "realignment/statistics.py",
@@ -67,6 +69,7 @@ CODE: dict[str, tuple[str, ...]] = {
     "realign": TRAINING_CODE,
     "guarded-fine-tune": GUARDED_CODE,
     "fisher": (*TRAINING_CODE, "training/elastic.py"),
+    "logits": (*MODEL_CODE, "training/distillation.py", "training/memory.py"),
     "merge": ("merging/__init__.py", "merging/backbones.py", "merging/running_average.py"),
     "compose": ("merging/*.py",),
     "adapters": ("model/routing/adapters.py",),

@@ -150,7 +150,7 @@ def _task(kind: str, work: Callable[..., Any], run_name: str = "{step.title}") -
 
 WEIGHTS: Mapping[str, float] = {
     "fine-tune": 8.0, "guarded-fine-tune": 12.0, "fisher": 6.0, "realign": 3.5, "align": 2.0,
-    "features": 2.0, "distil": 4.5, "realign-masked": 3.5,
+    "features": 2.0, "logits": 0.5, "distil": 4.5, "realign-masked": 3.5,
 }  # fmt: skip
 """About how long a step takes beside an evaluation, on the starter."""
 TASKS: Mapping[str, Task[[Step, Place], Reference]] = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from graftline.guard_plan import Guard, GuardPlanner
 from graftline.methods import Stage
 from graftline.methods.chain import chain
-from graftline.plan import Guard, Model, Planner
+from graftline.plan import Model, Planner
 
 
 def attention_only(planner: Planner, order: Sequence[str]) -> list[Stage]:
@@ -14,6 +15,6 @@ def attention_only(planner: Planner, order: Sequence[str]) -> list[Stage]:
     return chain(planner, order, _learn)
 
 
-def _learn(planner: Planner, aligned: Model, modality: str, stages: Sequence[Stage]) -> Model:
+def _learn(planner: GuardPlanner, aligned: Model, modality: str, stages: Sequence[Stage]) -> Model:
     guard = Guard("attention-only", mode="attention")
     return planner.guarded_fine_tune(aligned, modality, len(stages) + 1, guard)

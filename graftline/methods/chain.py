@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from graftline.guard_plan import GuardPlanner
 from graftline.methods import Stage, start
 from graftline.plan import Model, Planner
 
-Learn = Callable[[Planner, Model, str, Sequence[Stage]], Model]
+Learn = Callable[[GuardPlanner, Model, str, Sequence[Stage]], Model]
 """From the old model with the new modality's aligned connector, that modality, and the stages
 before, to the next model."""
 
@@ -17,11 +18,12 @@ def chain(planner: Planner, order: Sequence[str], learn: Learn) -> list[Stage]:
 
     Each stage's vanilla model is naive fine-tuning from the same start, for FRG alone.
     """
+    steps = GuardPlanner.beside(planner)
     model, stages = start(planner), list[Stage]()
     for index, modality in enumerate(order, start=1):
         connector = planner.align(model.backbone, modality, index)
         aligned = model.with_connector(modality, connector)
-        model = learn(planner, aligned, modality, stages)
+        model = learn(steps, aligned, modality, stages)
         vanilla = None
         if planner.recipe.evaluation.references:
             vanilla = planner.fine_tune(aligned, (modality,), index)

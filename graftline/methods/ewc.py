@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from graftline.guard_plan import Guard, GuardPlanner
 from graftline.methods import Stage
 from graftline.methods.chain import chain, naive
-from graftline.plan import Guard, Model, Planner, Reference
+from graftline.plan import Model, Planner, Reference
 
 
 def ewc(planner: Planner, order: Sequence[str]) -> list[Stage]:
@@ -21,7 +22,7 @@ def ewc(planner: Planner, order: Sequence[str]) -> list[Stage]:
     return chain(planner, order, _learn)
 
 
-def _learn(planner: Planner, aligned: Model, modality: str, stages: Sequence[Stage]) -> Model:
+def _learn(planner: GuardPlanner, aligned: Model, modality: str, stages: Sequence[Stage]) -> Model:
     fisher: Reference | None = None
     for stage in stages:
         fisher = planner.fisher(stage.final, stage.modality, stage.index, fisher)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from graftline.guard_plan import Guard, GuardPlanner
 from graftline.methods import Stage
 from graftline.methods.chain import chain, naive
-from graftline.plan import Guard, Model, Planner
+from graftline.plan import Model, Planner
 
 
 def lwf(planner: Planner, order: Sequence[str]) -> list[Stage]:
@@ -18,7 +19,7 @@ def lwf(planner: Planner, order: Sequence[str]) -> list[Stage]:
     return chain(planner, order, _learn)
 
 
-def _learn(planner: Planner, aligned: Model, modality: str, stages: Sequence[Stage]) -> Model:
+def _learn(planner: GuardPlanner, aligned: Model, modality: str, stages: Sequence[Stage]) -> Model:
     if not stages:
         return naive(planner, aligned, modality)
     guard = Guard("lwf", planner.recipe.rivals.lwf.model_dump())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from graftline.guard_plan import Guard, GuardPlanner
 from graftline.methods import Stage
 from graftline.methods.chain import chain
-from graftline.plan import Guard, Model, Planner
+from graftline.plan import Model, Planner
 from graftline.recipe import LoraSettings
 
 
@@ -18,7 +19,7 @@ def o_lora(planner: Planner, order: Sequence[str]) -> list[Stage]:
     return chain(planner, order, _learn)
 
 
-def _learn(planner: Planner, aligned: Model, modality: str, stages: Sequence[Stage]) -> Model:
+def _learn(planner: GuardPlanner, aligned: Model, modality: str, stages: Sequence[Stage]) -> Model:
     settings = planner.recipe.rivals.o_lora
     guard = Guard(
         "o-lora",

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from graftline.guard_plan import Guard, GuardPlanner
 from graftline.methods import Stage
 from graftline.methods.chain import chain
-from graftline.plan import Guard, Model, Planner, Reference
+from graftline.plan import Model, Planner, Reference
 from graftline.recipe import LoraSettings
 
 
@@ -21,7 +22,7 @@ def pathweave(planner: Planner, order: Sequence[str]) -> list[Stage]:
     """Stage i learns a LoRA beside theta_0 and the sum of the earlier ones; each path is kept.
 
     A path is stored as one product, of rank i times that of a LoRA. Text goes along with
-    the medium before it; a prompt without media meets the mean of all paths.
+    the medium before it; a prompt without media meets theta_0.
     """
     rank = planner.recipe.rivals.pathweave.rank
     paths: dict[str, Reference] = {}
@@ -34,7 +35,7 @@ def pathweave(planner: Planner, order: Sequence[str]) -> list[Stage]:
     return stages
 
 
-def _learn(planner: Planner, aligned: Model, modality: str, stages: Sequence[Stage]) -> Model:
+def _learn(planner: GuardPlanner, aligned: Model, modality: str, stages: Sequence[Stage]) -> Model:
     lora = LoraSettings(**planner.recipe.rivals.pathweave.model_dump())
     guard = Guard("pathweave", mode="lora", lora=lora)
     return planner.guarded_fine_tune(aligned, modality, len(stages) + 1, guard)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from graftline.guard_plan import Guard, GuardPlanner
 from graftline.methods import Stage
 from graftline.methods.chain import chain, naive
-from graftline.plan import Guard, Model, Planner
+from graftline.plan import Model, Planner
 
 
 def replay(planner: Planner, order: Sequence[str]) -> list[Stage]:
@@ -17,7 +18,7 @@ def replay(planner: Planner, order: Sequence[str]) -> list[Stage]:
     return chain(planner, order, _learn)
 
 
-def _learn(planner: Planner, aligned: Model, modality: str, stages: Sequence[Stage]) -> Model:
+def _learn(planner: GuardPlanner, aligned: Model, modality: str, stages: Sequence[Stage]) -> Model:
     if not stages:
         return naive(planner, aligned, modality)
     guard = Guard("replay", replayed=tuple(stage.modality for stage in stages))

@@ -33,7 +33,7 @@ from graftline.model.prompts import PromptEncoder
 from graftline.realignment.statistics import LastLayer, TokenStatistics, inner_vectors
 from graftline.recipe_parts import PhaseSettings
 from graftline.training.distillation import answer_logits, answer_tokens, distillation
-from graftline.training.guarded import GuardedModel
+from graftline.training.objective import ObjectiveModel
 from graftline.training.optimizer import ParameterGroup
 from graftline.training.phases import Call, run_phase
 
@@ -141,7 +141,7 @@ def distil(
         return loss
 
     layer = last_layer(learning, modality)
-    guarded = replace(learning, model=GuardedModel(learning.model, objective))
+    guarded = replace(learning, model=ObjectiveModel(learning.model, objective))
     group = ParameterGroup(
         f"connector-{modality}", layer.connector.output_parameters(), settings.learning_rate
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from graftline.data.examples import ExampleSet, TrainingSet, replay_rows
+from graftline.data.examples import TrainingSet, replay_rows
 from graftline.model.backbone import save_backbone
 from graftline.model.connectors import MixerConnector
 from graftline.model.loading import (
@@ -35,6 +35,8 @@ from graftline.training.distillation import (
 )
 from graftline.training.elastic import FISHER, ElasticPenalty, weighed_parameters
 from graftline.training.lora import fold_lora, wrap_lora
+from graftline.training.memory import MemoryBatch, RecordedLogits, RecordedRows, RowsBesideMemory
+from graftline.training.objective import Objective, ObjectiveModel
 from graftline.training.optimizer import ParameterGroup
 from graftline.training.orthogonal import Orthogonality, input_directions, save_subspace
 from graftline.training.phases import (
@@ -45,8 +47,6 @@ from graftline.training.phases import (
     run_phase,
 )
 
-Objective = Callable[[MultimodalModel, Batch], Tensor]
-"""What is made small: a model and a batch to a float32 scalar."""
 _STAGES = 1_000_003
 """Keeps the seeds of different stages' LoRAs apart: equal ones would start in equal directions."""
 
@@ -61,6 +61,7 @@ class GuardCall:
         fraction: share of the old modalities' training rows that is kept, where it replays.
         fisher: folder of the earlier stages' Fisher information.
         earlier: folders of the earlier stages' LoRA subspaces, in their order.
+        logits: old modality -> folder of what was said of its kept rows when it was learned.
     """
 
     name: str
@@ -68,64 +69,7 @@ class GuardCall:
     fraction: float | None = None
     fisher: Path | None = None
     earlier: Sequence[Path] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryBatch(Batch):
-    """A batch of new rows, and one of replayed rows beside it.
-
-    Attributes:
-        memory: the replayed rows.
-        new_weight: of the new rows' loss; the memory has its own, where processes share both.
-    """
-
-    memory: Batch
-    new_weight: float = 1.0
-
-    def to(self, device: torch.device | str) -> MemoryBatch:
-        """Moves every tensor of both to `device`."""
-        return replace(self, **vars(super().to(device)), memory=self.memory.to(device))
-
-    @property
-    def tokens(self) -> int:
-        """Positions that are not padding, of both."""
-        parts = ((super().tokens, self.new_weight), (self.memory.tokens, self.memory.weight))
-        return sum(tokens for tokens, weight in parts if weight)
-
-
-class RowsBesideMemory(TrainingSet):
-    """New rows, and in each step as many replayed ones.
-
-    Args:
-        sets: the new modality's examples.
-        batch_size: examples a step, of each kind.
-        seed: of the order.
-        memory: the replayed rows.
-    """
-
-    def __init__(
-        self, sets: Sequence[ExampleSet], batch_size: int, seed: int, memory: TrainingSet
-    ) -> None:
-        super().__init__(sets, batch_size, seed)
-        self.memory = memory
-
-    def batch(self, step: int) -> MemoryBatch:
-        """The two batches of a step: a pure function of data, seed and step."""
-        new, memory = super().batch(step), self.memory.batch(step)
-        both = {**vars(new), "weight": 1.0}
-        return MemoryBatch(**both, memory=memory, new_weight=new.weight)
-
-
-class GuardedModel(MultimodalModel):
-    """The same backbone and connectors; its loss is an objective's."""
-
-    def __init__(self, model: MultimodalModel, objective: Objective) -> None:
-        super().__init__(model.backbone, dict(model.connectors.items()), model.modality_numbers)
-        self._plain, self._objective = [model], objective  # a list hides it: no second child
-
-    def forward(self, batch: Batch) -> Tensor:
-        """The objective, float32 scalar."""
-        return self._objective(self._plain[0], batch)
+    logits: Mapping[str, Path] = field(default_factory=dict)
 
 
 def guarded_fine_tune(
@@ -157,13 +101,13 @@ def guarded_fine_tune(
     pairs = _connectors(call, connectors, result_fingerprint)
     loaded = assemble(call.backbone, pairs, call.system_prompt)
     rows = _rows(call, loaded, settings, list(connectors), guard)
-    teacher = copy.deepcopy(loaded.model) if guard.name in ("lwf", "der") else None
+    teacher = copy.deepcopy(loaded.model) if guard.name == "lwf" else None
     groups = [connector_group(loaded, name, connector_learning_rate) for name in connectors]
     if mode == "lora":
         wrap_lora(loaded.model, lora, call.seed + _STAGES * len(guard.earlier))
     groups.append(_backbone_group(loaded, settings.learning_rate, mode, train_embeddings))
     objective = _objective(loaded, guard, teacher, train_embeddings)
-    guarded = replace(loaded, model=GuardedModel(loaded.model, objective))
+    guarded = replace(loaded, model=ObjectiveModel(loaded.model, objective))
     if not run_phase(call, guarded, settings, rows, groups):
         return
     if guard.name == "o-lora":
@@ -198,12 +142,13 @@ def _rows(
     new, *old = examples_of(call, loaded, modalities)
     if guard.fraction is None:
         return TrainingSet([new], settings.batch_size, call.seed)
+    if guard.name == "der":
+        recorded = [RecordedLogits(guard.logits[each.modality]) for each in old]
+        memory = RecordedRows(old, settings.batch_size, call.seed, recorded)
+        return RowsBesideMemory([new], settings.batch_size, call.seed, memory)
     kept = [replay_rows(len(each), guard.fraction, call.seed) for each in old]
-    if guard.name == "replay":
-        chosen = [range(len(new)), *kept]
-        return TrainingSet([new, *old], settings.batch_size, call.seed, chosen)
-    memory = TrainingSet(old, settings.batch_size, call.seed, kept)
-    return RowsBesideMemory([new], settings.batch_size, call.seed, memory)
+    chosen = [range(len(new)), *kept]
+    return TrainingSet([new, *old], settings.batch_size, call.seed, chosen)
 
 
 def _backbone_group(
@@ -232,8 +177,7 @@ def _objective(
         assert teacher is not None
         return _distilled(teacher, settings["strength"], settings["temperature"])
     if guard.name == "der":
-        assert teacher is not None
-        return _with_memory(teacher, settings["alpha"], settings["beta"])
+        return _with_memory(settings["alpha"], settings["beta"])
     return lambda model, batch: model(batch)
 
 
@@ -245,26 +189,24 @@ def _distilled(teacher: MultimodalModel, strength: float, temperature: float) ->
     """Learning without forgetting: what the old model would say of the new rows is kept."""
 
     def objective(model: MultimodalModel, batch: Batch) -> Tensor:
-        said, wanted = answer_logits(model, batch), _frozen_logits(teacher, batch)
+        said = answer_logits(model, batch)
+        with torch.no_grad():
+            wanted = answer_logits(teacher, batch)
         loss = functional.cross_entropy(said, answer_tokens(batch))
         return loss + strength * distillation(said, wanted, temperature)
 
     return objective
 
 
-def _with_memory(teacher: MultimodalModel, alpha: float, beta: float) -> Objective:
-    """Dark experience replay: what the old model says of old rows is kept."""
+def _with_memory(alpha: float, beta: float) -> Objective:
+    """Dark experience replay: what was said of old rows when they were learned is kept."""
 
     def objective(model: MultimodalModel, batch: Batch) -> Tensor:
         assert isinstance(batch, MemoryBatch)
-        said, wanted = answer_logits(model, batch.memory), _frozen_logits(teacher, batch.memory)
-        replayed = dark_experience(said, wanted, answer_tokens(batch.memory), alpha, beta)
+        memory = batch.memory
+        said, told = answer_logits(model, memory), memory.told.float()
+        replayed = dark_experience(said, told, answer_tokens(memory), alpha, beta)
         loss: Tensor = model(batch)
-        return batch.new_weight * loss + batch.memory.weight * replayed
+        return batch.new_weight * loss + memory.weight * replayed
 
     return objective
-
-
-@torch.no_grad()
-def _frozen_logits(teacher: MultimodalModel, batch: Batch) -> Tensor:
-    return answer_logits(teacher, batch)

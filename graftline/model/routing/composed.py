@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -52,20 +51,19 @@ def route_to_adapters(
 
     Args:
         loaded: a model around theta_0 with the connectors that are asked.
-        adapters: modality -> folder of its adapters; of all experts, whoever is asked.
-        text: what text meets; the merged weights are the mean of what the modalities meet, made
-            here and stored nowhere.
+        adapters: modality -> folder of its adapters.
+        text: what text meets: theta_0 by `merged`, for nothing else is kept beside the adapters.
     """
     parameters = dict(loaded.model.backbone.named_parameters())
-    names = routable_parameters(loaded.model.backbone)
-    starts = {name: parameters[name].detach().clone() for name in names}
-    variants = {name: read_adapters(folder, starts) for name, folder in adapters.items()}
-    with torch.no_grad():
-        for name in names:
-            dense = [weights[name].dense().float() for weights in variants.values()]
-            parameters[name].copy_(torch.stack(dense).mean(0))
-    asked = {name: variants[name] for name in adapters if name in loaded.model.modality_numbers}
-    return _routed(loaded, asked, text)
+    starts = {
+        name: parameters[name].detach() for name in routable_parameters(loaded.model.backbone)
+    }
+    variants = {
+        name: read_adapters(folder, starts)
+        for name, folder in adapters.items()
+        if name in loaded.model.modality_numbers
+    }
+    return _routed(loaded, variants, text)
 
 
 def route_to_masks(

@@ -12,6 +12,7 @@ from graftline.data.examples import ExampleSet, TrainingSet, replay_rows
 from graftline.data.features import FeatureTable
 from graftline.model.backbone import load_backbone
 from graftline.model.loading import (
+    LoadedModel,
     Misaligned,
     assemble,
     new_connector,
@@ -23,7 +24,13 @@ from graftline.recipe import LoraSettings, PhaseSettings
 from graftline.training import guarded, phases
 from graftline.training.distillation import answer_logits
 from graftline.training.elastic import save_fisher, weighed_parameters
-from graftline.training.guarded import GuardCall, MemoryBatch, guarded_fine_tune
+from graftline.training.guarded import GuardCall, guarded_fine_tune
+from graftline.training.memory import (
+    RecordedLogits,
+    RecordedRows,
+    RowsBesideMemory,
+    record_logits,
+)
 
 SETTINGS = PhaseSettings(steps=12, batch_size=4, learning_rate=3e-3)
 OLD = "image"
@@ -143,19 +150,66 @@ def test_replay_mixes_the_kept_rows_in_and_realigns_old_connectors(
         assert not torch.equal(before["project.weight"], after["project.weight"])
 
 
-def test_der_sees_as_many_old_rows_as_new_ones(train, monkeypatch) -> None:
+@pytest.fixture
+def told(tiny_folder: Path, features_folder: Path, connectors, tmp_path: Path):
+    """Records what another LLM than the one that is trained says of kept rows."""
+
+    def recorded(rows: list[int]) -> tuple[Path, LoadedModel]:
+        model, tokenizer = load_backbone(tiny_folder, torch.float32, "eager")
+        with torch.no_grad():
+            model.model.norm.weight.mul_(1.5)
+        records = [read_record(connectors[name], name) for name in (NEW, OLD)]
+        pairs = [(each, read_connector(connectors[each.modality], each)) for each in records]
+        loaded = assemble((model, tokenizer), pairs, "")
+        examples = ExampleSet(features_folder, OLD, "train", loaded.prompts)
+        (tmp_path / "told").mkdir()
+        record_logits(loaded, examples, rows, 5, tmp_path / "told", "told")
+        return tmp_path / "told", loaded
+
+    return recorded
+
+
+def test_der_shows_as_many_kept_rows_with_what_was_said_of_them(train, told, monkeypatch) -> None:
     seen: list[TrainingSet] = []
     original = phases.run_phase
     monkeypatch.setattr(
         guarded, "run_phase", lambda *given: (seen.append(given[3]), original(*given))[1]
     )
-    train(GuardCall("der", {"alpha": 0.1, "beta": 0.5}, fraction=0.25), (NEW, OLD))
-    batch = seen[0].batch(5)
-    assert isinstance(batch, MemoryBatch)
-    assert (set(batch.media), set(batch.memory.media)) == ({NEW}, {OLD})
-    assert len(batch.token_ids) == len(batch.memory.token_ids) == 4
+    kept = replay_rows(48, 0.25, 3)
+    folder, teacher = told(kept)
+    train(
+        GuardCall("der", {"alpha": 0.1, "beta": 0.5}, fraction=0.25, logits={OLD: folder}),
+        (NEW, OLD),
+    )
+    rows = seen[0]
+    assert isinstance(rows, RowsBesideMemory)
+    assert sorted(row for _, row in rows.memory.places) == kept
+    for step in range(6):  # two epochs of the twelve kept rows
+        batch = rows.batch(step)
+        assert (set(batch.media), set(batch.memory.media)) == ({NEW}, {OLD})
+        assert len(batch.token_ids) == len(batch.memory.token_ids) == 4
+        expected = answer_logits(teacher.model, batch.memory)
+        torch.testing.assert_close(batch.memory.told, expected, rtol=1e-4, atol=1e-5)
     assert batch.tokens == int(batch.attention_mask.sum() + batch.memory.attention_mask.sum())
-    assert torch.equal(batch.to("cpu").memory.token_ids, seen[0].batch(5).memory.token_ids)
+    assert torch.equal(batch.to("cpu").memory.told, batch.memory.told)
+
+
+def test_der_keeps_what_was_said_when_a_row_was_learned(
+    train, told, features_folder, tiny_folder
+) -> None:
+    folder, _ = told(replay_rows(48, 0.25, 3))
+    recorded = RecordedLogits(folder)
+    apart = {}
+    for alpha in (0.0, 3000.0):
+        guard = GuardCall("der", {"alpha": alpha, "beta": 0.0}, fraction=0.25, logits={OLD: folder})
+        out = train(guard, (NEW, OLD), name=f"der-{alpha}", steps=60)
+        record = read_record(out, OLD)
+        pair = (record, read_connector(out, record))
+        loaded = assemble(load_backbone(out / "backbone", torch.float32, "eager"), [pair], "")
+        rows = ExampleSet(features_folder, OLD, "train", loaded.prompts)
+        memory = RecordedRows([rows], 12, 0, [recorded]).batch(0)
+        apart[alpha] = (answer_logits(loaded.model, memory) - memory.told).square().mean().item()
+    assert apart[3000.0] < 0.5 * apart[0.0]
 
 
 def test_attention_only_changes_attention_alone(train, tiny_folder) -> None:
