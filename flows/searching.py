@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from flows.running import run_several
 from graftline.methods.search import Search, Trial, best_of, search_of, write_trials
 from graftline.recipe import Recipe, load_recipe
@@ -127,9 +129,25 @@ def describe(file: Path) -> str:
 
 
 def _as_recipe(content: Mapping[str, Any]) -> str:
-    chosen = content["chosen"]
+    chosen, method = content["chosen"], content["rule"]
     if content["what"] == "parameters":
-        return f"compose: {{parameters: {{{content['rule']}: {json.dumps(chosen)}}}}}"
+        return _flow({"compose": {"parameters": {method: chosen}}})
     if not chosen:
-        return "what it says already" if content["what"] == "rates" else "the defaults"
-    return "  ".join(f"--set {key}={value}" for key, value in chosen.items())
+        return "the defaults"
+    nested: dict[str, Any] = {}
+    for key, value in chosen.items():
+        *groups, last = key.split(".")
+        part = nested
+        for group in groups:
+            part = part.setdefault(group, {})
+        part[last] = value
+    return _flow({"methods": {method: nested}} if content["what"] == "rates" else nested)
+
+
+def _flow(content: Mapping[str, Any]) -> str:
+    """As YAML, each key on one line."""
+    dumped = (
+        yaml.safe_dump({key: value}, default_flow_style=True, width=10_000)
+        for key, value in content.items()
+    )
+    return "  ".join(text.strip()[1:-1] for text in dumped)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from graftline.errors import GraftlineError
 from graftline.model_settings import (
-    TAGGED,
     BackboneChoice,
     BackboneSize,
     ConnectorSettings,
@@ -22,6 +21,7 @@ from graftline.model_settings import (
 from graftline.realign_settings import CorrectionSettings, DistilSettings, MeraPlusSettings
 from graftline.recipe_parts import Part as Part
 from graftline.recipe_parts import PhaseSettings as PhaseSettings
+from graftline.recipe_problems import described, nearest
 from graftline.rival_settings import LoraSettings as LoraSettings
 from graftline.rival_settings import RivalSettings
 from graftline.source_settings import SourceSettings
@@ -231,6 +231,12 @@ class Recipe(Part):
     evaluation: EvaluationSettings = EvaluationSettings()
     execution: ExecutionSettings = ExecutionSettings()
     estimate: EstimateSettings = EstimateSettings()
+    methods: dict[MethodName, dict[str, Any]] = Field(
+        default_factory=dict,
+        exclude=True,
+        description="method -> keys of this recipe that hold where it is the method: what was "
+        "chosen for it alone",
+    )
     store: str = Field(
         "artifacts", description="folder of the artifact store, or s3://bucket/prefix"
     )
@@ -259,7 +265,7 @@ class Recipe(Part):
                 problems.append(f"modalities.{name}: reports call something else so; rename it")
         missing = [name for name in self.order if name not in self.modalities]
         if missing:
-            near = _nearest(missing[0], list(self.modalities))
+            near = nearest(missing[0], list(self.modalities))
             problems.append(
                 f"order names {', '.join(missing)}, which modalities does not describe{near}"
             )
@@ -300,15 +306,67 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) ->
         raise RecipeError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values.")
-    for key, value in (overrides or {}).items():
-        _set_dotted(content, key, value)
+    given = dict(overrides or {})
+    for key in [key for key in given if key.startswith("methods.")]:
+        _set_dotted(content, key, given.pop(key))
+    problems: dict[str, None] = {}  # each once, in the order in which they were found
     try:
-        return Recipe.model_validate(content)
+        chosen = _checked(content, given, given.get("method", content.get("method")))
+    except _Problems as error:
+        problems |= dict.fromkeys(error.lines)
+    for method in sorted(_own_settings(content).keys() & set(get_args(MethodName))):
+        try:
+            _checked(content, {**given, "method": method}, method)
+        except _Problems as error:
+            new = (line for line in error.lines if line not in problems)
+            problems |= dict.fromkeys(f"methods.{method}: {line}" for line in new)
+    if problems:
+        lines = "\n".join(f"  - {line}" for line in problems)
+        raise RecipeError(f"{path}: {len(problems)} problem(s):\n{lines}")
+    return chosen
+
+
+class _Problems(Exception):
+    """What is wrong with a recipe, a line each."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__(*lines)
+        self.lines = lines
+
+
+def _checked(content: Mapping[str, Any], overrides: Mapping[str, Any], method: Any) -> Recipe:
+    """A file's content, a method's own settings over it, and the overrides over both."""
+    own = _own_settings(content).get(str(method), {})
+    fixed = sorted({"name", "method", "methods"} & own.keys())
+    if fixed:
+        raise _Problems([f"{', '.join(fixed)}: not a method's to set"])
+    merged = _laid_over(content, own)
+    for key, value in overrides.items():
+        _set_dotted(merged, key, value)
+    try:
+        return Recipe.model_validate(merged)
     except ValidationError as error:
-        lines = [_describe(problem) for problem in error.errors()]
-        raise RecipeError(
-            f"{path}: {len(lines)} problem(s):\n" + "\n".join(f"  - {line}" for line in lines)
-        ) from error
+        raise _Problems([described(each, Recipe) for each in error.errors()]) from error
+
+
+def _own_settings(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Method -> its own settings, as far as the file has the form; `Recipe` says what has not."""
+    found = content.get("methods")
+    if not isinstance(found, Mapping):
+        return {}
+    return {str(name): each for name, each in found.items() if isinstance(each, Mapping)}
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `below` in which the values of `above` win, key by key."""
+    merged = copy.deepcopy(dict(below))
+    for key, value in above.items():
+        inner = merged.get(key)
+        if isinstance(inner, dict) and isinstance(value, Mapping):
+            merged[key] = _laid_over(inner, value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -334,45 +392,3 @@ def _set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
             raise RecipeError(f"--set {key}: {name} is a value, not a group of keys")
         content = inner
     content[last] = value
-
-
-def _describe(problem: Any) -> str:
-    """One pydantic problem as a line: where, what, and the nearest valid name."""
-    names = [str(part) for part in problem["loc"]]
-    location = [name for name in names if not name.startswith("[")]  # without tags of a choice
-    where = ".".join(location) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(location[-1], _keys_beside(names))}"
-    if problem["type"] == "literal_error":
-        choices = [choice.strip(" '") for choice in _choices(problem)]
-        given = str(problem["input"])
-        return f"{where}: {given!r} is not one of {', '.join(choices)}{_nearest(given, choices)}"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"[
-        :400
-    ]
-
-
-def _choices(problem: Any) -> list[str]:
-    return str(problem["ctx"]["expected"]).replace(" or ", ", ").split(", ")
-
-
-def _keys_beside(location: Sequence[str]) -> list[str]:
-    """The valid keys of the recipe part that holds the last name of `location`."""
-    part: type[BaseModel] = Recipe
-    for name in location[:-1]:
-        field = part.model_fields.get(name)
-        annotation = field.annotation if field else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            part = annotation
-        elif name == "modalities":
-            part = ModalitySettings
-        elif name in TAGGED:
-            part = TAGGED[name]
-        elif name == "data" and part is ModalitySettings:
-            part = SourceSettings
-    return list(part.model_fields)
-
-
-def _nearest(given: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(given, valid, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -39,8 +39,8 @@ class DerSettings(Part):
     alpha: float = Field(
         0.1,
         ge=0.0,
-        description="weight of the replayed rows' logits: of the square's mean over the vocabulary, so "
-        "with 49,152 words 0.1, the paper's for 10 to 200 classes, weighs next to nothing",
+        description="weight of the replayed rows' logits: of the square's mean over the "
+        "vocabulary, where the paper's 0.1 is for 10 to 200 classes",
     )
     beta: float = Field(0.5, ge=0.0, description="weight of their answers (DER++); 0: plain DER")
 

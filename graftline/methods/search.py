@@ -82,10 +82,12 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
     }
 )  # fmt: skip
 """Method -> dotted recipe keys: its own settings, for MERA the coefficients of its merge."""
-RATED = ("finetune", *RIVALS)
-"""Methods whose fine-tuning's learning rate and length can be searched."""
+RATED = ("finetune", *RIVALS, "connector-only", "joint")
+"""Methods whose learning rate and length can be searched."""
 _RATES = ((1.0, 1), (1 / 3, 1), (3.0, 1), (1.0, 2), (1 / 3, 2), (3.0, 2))
-"""Factors of the recipe's `fine_tune.learning_rate` and `fine_tune.steps`."""
+_CONNECTOR_RATES = ((1.0, 1), (3.0, 1), (10.0, 1), (30.0, 1), (10.0, 2), (30.0, 2))
+"""Factors of the recipe's learning rate and `fine_tune.steps`; a connector that learns alone takes
+higher rates than one beside the LLM, whose rate the recipe's is."""
 JudgedBy = Literal["final", "when learned"]
 
 
@@ -107,7 +109,7 @@ class Search:
         candidates: what differs from the defaults, or for rates from the recipe; the first is
             these themselves.
         judged_by: `final`: the mean over modalities of the last model's scores; `when learned`:
-            the mean over stages of what the newest modality scores.
+            the mean over stages of what the newest modality scores, for naive fine-tuning.
         what: `parameters` of a rule, `settings` of another method, or `rates`.
     """
 
@@ -139,8 +141,7 @@ def search_of(method: str, recipe: Recipe, *, rates: bool) -> Search:
     Args:
         method: a merge rule, `finetune`, or a rival.
         recipe: whose learning rate and steps are the middle of what is tried.
-        rates: search the fine-tuning's learning rate and length by what the newest modality
-            scores, and not the method's own settings by what all score at the end. A method
+        rates: search the learning rate and length, and not the method's own settings. A method
             without settings of its own has nothing else.
 
     Raises:
@@ -151,21 +152,28 @@ def search_of(method: str, recipe: Recipe, *, rates: bool) -> Search:
     if method in SETTINGS and not rates:
         return Search(method, SETTINGS[method], "final", "settings")
     if method in RATED:
-        tuned = recipe.fine_tune
-        tried = [
-            {
-                "fine_tune.learning_rate": float(f"{tuned.learning_rate * rate:.2g}"),
-                "fine_tune.steps": tuned.steps * length,
-            }
-            for rate, length in _RATES
-        ]
-        return Search(method, [{}, *tried[1:]], "when learned", "rates")
+        judged_by: JudgedBy = "when learned" if method == "finetune" else "final"
+        return Search(method, _rates(method, recipe), judged_by, "rates")
     raise GraftlineError(
         f"{method}: it has no learning rate to search; methods that have: {', '.join(RATED)}"
         if rates
         else f"{method}: there is nothing to search; {', '.join(CANDIDATES)} have parameters, "
         f"{', '.join(SETTINGS)} settings, {', '.join(RATED)} a learning rate (--rates)"
     )
+
+
+def _rates(method: str, recipe: Recipe) -> list[Mapping[str, Any]]:
+    """The recipe's learning rate and length, and others around them."""
+    alone = method == "connector-only"
+    key = "connector_learning_rate" if alone else "learning_rate"
+    rate = getattr(recipe.fine_tune, key)
+    return [
+        {
+            f"fine_tune.{key}": float(f"{rate * factor:.2g}"),
+            "fine_tune.steps": recipe.fine_tune.steps * length,
+        }
+        for factor, length in (_CONNECTOR_RATES if alone else _RATES)
+    ]
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ QUICK = {"scores": {"a": 0.1, "b": 0.8}, "scores_when_learned": {"a": 0.7, "b": 
     [
         ("ewc", False, 0, ["*   50.0  {}", "in the recipe: the defaults"]),
         (
-            "ewc", True, 1,
-            ["*   75.0", "--set fine_tune.learning_rate=0.0001  --set fine_tune.steps=6"],
+            "finetune", True, 1,
+            ["*   75.0", "methods: {finetune: {fine_tune: {learning_rate: 0.0001, steps: 6}}}"],
         ),
+        ("replay", True, 0, ["*   50.0", "at the end, validation rows"]),
         ("ties", False, 0, ["in the recipe: compose: {parameters: {ties: {}}}"]),
     ],
 )  # fmt: skip

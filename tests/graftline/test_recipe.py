@@ -120,3 +120,37 @@ def test_a_source_is_checked_with_the_recipe(recipe_with) -> None:
         load(foldr="photos")
     with pytest.raises(RecipeError, match="hub needs a revision"):
         load(hub="lab/photos")
+
+
+def test_what_was_chosen_for_a_method_holds_for_it_alone(recipe_with) -> None:
+    own = {"ewc": {"fine_tune": {"steps": 9}}, "joint": {"fine_tune": {"learning_rate": 1e-5}}}
+    path = recipe_with(methods=own)
+    plain = load_recipe(PARAMS / "tiny.yaml").fine_tune
+    assert load_recipe(path).fine_tune == plain
+    assert load_recipe(path, {"method": "ewc"}).fine_tune == plain.model_copy(update={"steps": 9})
+    given = {"method": "ewc", "fine_tune.steps": 3}
+    assert load_recipe(path, given).fine_tune.steps == 3, "what is given by hand wins"
+    given = {"method": "lwf", "methods.lwf.seed": 4}
+    assert load_recipe(path, given).seed == 4
+    sent = load_recipe(path, {"method": "ewc"}).model_dump(mode="json")
+    assert "methods" not in sent, "who gets a recipe as it was read does not apply them again"
+
+
+def test_problems_of_every_method_s_settings_are_listed_at_once(recipe_with) -> None:
+    own = {
+        "ewc": {"fine_tune": {"stepz": 9}},
+        "joint": {"name": "other"},
+        "lwf": {"fine_tune": {"steps": 0}},
+        "mira": {},
+    }
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_with(methods=own))
+    message = str(caught.value)
+    assert "4 problem(s)" in message, message
+    for words in (
+        "methods.ewc: fine_tune.stepz: unknown key; did you mean 'steps'",
+        "methods.joint: name: not a method's to set",
+        "methods.lwf: fine_tune.steps: ",
+        "'mira' is not one of",
+    ):
+        assert words in message

@@ -36,7 +36,7 @@ def test_rules_without_parameters_are_named() -> None:
     with pytest.raises(GraftlineError, match="average: there is nothing to search"):
         candidates("average")
     for method, rates, words in (
-        ("joint", False, "nothing to search.*ewc, lwf.*--rates"),
+        ("experts", False, "nothing to search.*ewc, lwf.*--rates"),
         ("ties", True, "no learning rate to search.*finetune, replay"),
     ):
         with pytest.raises(GraftlineError, match=words):
@@ -67,15 +67,21 @@ def test_what_was_chosen_does_not_change_what_is_searched(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", RATED)
-def test_rates_are_tried_around_the_recipe_s_and_judged_by_the_newest(method: str) -> None:
+def test_rates_are_tried_around_the_recipe_s_and_judged_by_what_is_kept(method: str) -> None:
     recipe = load_recipe(TINY)
     search = search_of(method, recipe, rates=True)
-    assert (search.judged_by, search.name) == ("when learned", f"{method}-rates")
+    judged_by = "when learned" if method == "finetune" else "final"
+    assert (search.judged_by, search.name) == (judged_by, f"{method}-rates")
     found = [load_recipe(TINY, search.overrides(each)).fine_tune for each in search.candidates]
     assert found[0] == recipe.fine_tune
-    assert {(each.learning_rate, each.steps) for each in found} == {
-        (rate, steps) for rate in (1e-4, 3e-4, 9e-4) for steps in (6, 12)
-    }
+    assert len({repr(each) for each in found}) == len(found) == BUDGET
+    if method == "connector-only":
+        assert {each.learning_rate for each in found} == {3e-4}
+        assert {each.connector_learning_rate for each in found} == {5e-4, 1.5e-3, 5e-3, 1.5e-2}
+    else:
+        assert {(each.learning_rate, each.steps) for each in found} == {
+            (rate, steps) for rate in (1e-4, 3e-4, 9e-4) for steps in (6, 12)
+        }
     if method not in SETTINGS:  # it has nothing else to search
         assert search == search_of(method, recipe, rates=False)
 
