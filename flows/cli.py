@@ -148,8 +148,8 @@ def search(
         bool,
         typer.Option(
             "--rates",
-            help="Search the learning rate and the steps of fine-tuning, by what the newest "
-            "modality scores.",
+            help="Search the learning rate and the steps: of finetune by what the newest modality "
+            "scores, of other methods by what all score at the end.",
         ),
     ] = False,
     seed: Seed = None,

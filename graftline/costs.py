@@ -54,6 +54,9 @@ class Costs:
             LoRA those of the low-rank factors.
         stored_bytes_per_modality: What answering needs beyond one backbone, by modality: the
             connector, and masks, adapters or further backbones where the method keeps them.
+        carried_bytes: What learning the last modality read of earlier stages beside their model:
+            features of kept rows, statistics, logits, Fisher information, older models. Answering
+            needs none of it.
         replay_rows: Training rows of all modalities that are kept for later stages.
         training_seconds: What the training steps of its lineage took when they were computed.
         evaluating_seconds: What all evaluations of the run took.
@@ -61,6 +64,7 @@ class Costs:
 
     trained_parameters: int
     stored_bytes_per_modality: float
+    carried_bytes: float
     replay_rows: int
     training_seconds: float
     evaluating_seconds: float
@@ -74,6 +78,7 @@ def costs_of(plan: RunPlan, store: Store) -> Costs:
     return Costs(
         trained_parameters=max((_changed(step, store) for step in training), default=0),
         stored_bytes_per_modality=_bytes_beyond_backbone(plan, store) / len(plan.recipe.order),
+        carried_bytes=_bytes_carried(plan, store),
         replay_rows=_rows_kept(plan, training, store),
         training_seconds=seconds_of(training, store),
         evaluating_seconds=seconds_of(asked, store),
@@ -195,6 +200,37 @@ def _bytes_beyond_backbone(plan: RunPlan, store: Store) -> float:
             if role == "backbone":
                 own.append(sum(files[path] for path in paths if path.parent == folder / "backbone"))
     return sum(files.values()) - max(own)
+
+
+def _bytes_carried(plan: RunPlan, store: Store) -> float:
+    """Bytes of what the last stage's steps read of earlier ones beside the model between them."""
+    if len(plan.stages) < 2:
+        return 0.0
+    model = _model_before(plan)
+    kept: dict[tuple[Reference, str], float] = {}
+    for step in (plan.steps[reference] for reference in lineage(plan)):
+        for role, parent in step.parents.items() if step.stage == plan.stages[-1].index else ():
+            group, _, modality = role.partition(".")
+            if group == "features":
+                old = modality != plan.stages[-1].modality
+                share = step.parameters.get("fraction", 1.0) if old else 0.0
+                kept[parent, "train"] = max(share, kept.get((parent, "train"), 0.0))
+            elif plan.steps[parent].stage < plan.stages[-1].index and parent not in model:
+                kept[parent, "."] = 1.0
+    return math.fsum(
+        share * _size(file)
+        for (part, inside), share in kept.items()
+        for file in (store.local(part.kind, part.fingerprint) / inside).rglob("*.safetensors")
+    )
+
+
+def _model_before(plan: RunPlan) -> set[Reference]:
+    """Parts of the model that the last stage starts from, and what its adapters are made of."""
+    before = plan.stages[-2].final
+    adapters = set(before.adapters.values())
+    parts = {before.backbone, *before.connectors.values(), *before.experts.values(), *adapters}
+    made_of = {parent for part in adapters for parent in plan.steps[part].parents.values()}
+    return parts | made_of | ({before.base} if before.base else set())
 
 
 def _size(file: Path) -> int:

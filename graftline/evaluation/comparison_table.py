@@ -14,6 +14,11 @@ from graftline.evaluation.style import words
 
 DASH = "–"
 _GAINS = {"brg": "BRG", "frg_mean": "FRG", "retention": "retention"}
+_COSTS_READ = (
+    "Costs. Bytes a modality: what answering needs beyond one backbone. Bytes kept to learn: what "
+    "learning the last modality read of earlier stages beside their model (kept rows, statistics, "
+    "logits, Fisher information, older models). Seconds depend on what the machine did besides."
+)
 _UNITS = ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
 
 
@@ -74,8 +79,9 @@ def cost_table(methods: Sequence[ComparedMethod]) -> tuple[list[str], list[list[
     columns = {
         "trained_parameters": "trained parameters",
         "stored_bytes_per_modality": "bytes a modality",
-        "training_seconds": "training seconds",
+        "carried_bytes": "bytes kept to learn",
         "replay_rows": "replay rows",
+        "training_seconds": "training seconds",
     }
     rows = []
     for method in methods:
@@ -114,7 +120,7 @@ def markdown(methods: Sequence[ComparedMethod], baseline: str | None, time: Time
         lines += ["", f"Differences from `{baseline}`, paired by test rows and runs; bold where"
                   " the 95 % interval excludes 0:", ""]  # fmt: skip
         lines += _markdown_table(headings, rows)
-    lines += ["", "Costs:", "", *_markdown_table(*cost_table(methods))]
+    lines += ["", _COSTS_READ, "", *_markdown_table(*cost_table(methods))]
     lines += ["", *undefined(methods)] if undefined(methods) else []
     lines += ["", spent(time)] if time.shares() else []
     if len(first.orders) > 1:
@@ -211,7 +217,7 @@ def _interval_of(name: str, factor: float) -> Callable[[ComparedMethod], Field]:
 def _cost(value: float | None, name: str) -> Field:
     if value is None:
         return Field(DASH)
-    short = name in ("trained_parameters", "stored_bytes_per_modality")
+    short = name not in ("replay_rows", "training_seconds")
     return Field(_short(value) if short else f"{value:,.0f}")
 
 

@@ -27,6 +27,7 @@ HEADLINES = ("brg", "brg_mean", "frg_mean", "retention")
 COSTS = (
     "trained_parameters",
     "stored_bytes_per_modality",
+    "carried_bytes",
     "replay_rows",
     "training_seconds",
     "evaluating_seconds",
@@ -70,6 +71,7 @@ class RunScores:
         storage_bits: What the last model's backbones take, in bits a parameter of one backbone.
         trained_parameters: The most weights that one training step changed.
         stored_bytes_per_modality: What answering needs beyond one backbone, by modality.
+        carried_bytes: What learning the last modality read of earlier stages beside their model.
         replay_rows: Training rows of all modalities that were kept for later stages.
         training_seconds: What the training of the last model took, all stages together.
         evaluating_seconds: What all evaluations took.
@@ -93,6 +95,7 @@ class RunScores:
     storage_bits: float | None = None
     trained_parameters: int | None = None
     stored_bytes_per_modality: float | None = None
+    carried_bytes: float | None = None
     replay_rows: int | None = None
     training_seconds: float | None = None
     evaluating_seconds: float | None = None

@@ -66,6 +66,7 @@ def test_methods_are_compared_and_nothing_is_computed_twice(copy):
     kept = sum(weights(copy, file) for file in files) / 2
     assert float(alone["stored_bytes_per_modality"]) == 4 * kept
     assert mera["stored_bytes_per_modality"] == alone["stored_bytes_per_modality"]
+    assert (float(alone["carried_bytes"]), float(mera["carried_bytes"]) > 0) == (0.0, True)
     assert (mera["replay_rows"], alone["replay_rows"]) == ("32.0", "0.0")  # 16 of 64, twice
     assert (mera["n"], mera["runs"], mera["orders"]) == ("32", "2", "image audio; audio image")
     page = (folder / "page.html").read_text()

@@ -20,6 +20,7 @@ from graftline.evaluation.report import RunScores
 AB, BA = ("image", "audio"), ("audio", "image")
 COSTS = {
     "trained_parameters": 134_515_008, "stored_bytes_per_modality": 512_000.0,
+    "carried_bytes": 4_100_000.0,
     "replay_rows": 640, "training_seconds": 1234.0, "evaluating_seconds": 300.0,
 }  # fmt: skip
 
@@ -153,8 +154,8 @@ def test_tables_hold_every_number() -> None:
     text = markdown(methods, "mera", time)
     assert "| 2 | finetune | 45.0 [40.0, 50.0] |" in text
     assert "**-50.0** [-50.0, -50.0]" in text
-    assert "| mera | 135 M | 512 k | 1,234 | 640 | 16 | 6 | 2 | 0 | 2 |" in text
-    assert "| old | – | – | – | – | 16 |" in text
+    assert "| mera | 135 M | 512 k | 4.1 M | 640 | 1,234 | 16 | 6 | 2 | 0 | 2 |" in text
+    assert "| old | – | – | – | – | – | 16 |" in text
     assert "training 60.0 %" in text and "orchestration 20.0 %" in text
     rows = {row["method"]: row for row in csv.DictReader(csv_text(methods, "mera").splitlines())}
     assert [float(rows["mera"][name]) for name in ("brg", "brg_low", "brg_high")] == pytest.approx(
