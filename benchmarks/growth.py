@@ -9,7 +9,8 @@ alone, so the chain of sixteen holds those of two, four and eight.
 Writes `growth.csv` (a row a method and stage) and `growth.png`. Seconds are those of the steps, one
 after another with one thread; memory is the most of the process that is anonymous while the stage's
 steps run, libraries and what Python keeps included; storage is what the next stage needs: one
-backbone, all connectors, and what is kept of each modality (replayed features or statistics).
+backbone, all connectors, and what is kept of each modality (replayed features; or statistics and
+the LLM of its stage, which teaches it).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from graftline.work import Machine
 
 COUNTS = (2, 4, 8, 16)
 PARTS = 4
-METHODS = ("mera", "mera-distilled")
+METHODS = ("mera", "mera+")
 GROUPS = {
     "align": "align", "fine-tune": "fine_tune", "merge": "merge", "realign": "realign",
     "distil": "realign", "statistics": "realign",
@@ -60,6 +61,8 @@ def main() -> None:
     overrides = {
         "data.folder": arguments.data,
         "data.rows": {"train": 256, "validation": 16, "test": 16},
+        "distil.own": "answers",  # as the starter has them
+        "distil.teacher": "first",
         "distil.steps": 4,
         "distil.batch_size": 4,
         "distil.samples": 32,
@@ -155,7 +158,13 @@ def grown(recipe: Recipe, features: dict[str, Path], store: Store) -> list[dict[
             row[column] += recorded_seconds(folder) or 0.0  # type: ignore[operator]
         row["realign_steps"] = sum(GROUPS[step.kind] == "realign" for step in steps)
         row["peak_anonymous_bytes"] = watched.peak
-        row["kept_bytes"] = kept_bytes(recipe, planner, store, wanted, recipe.order[: stage.index])
+        learned = recipe.order[: stage.index]
+        row["kept_bytes"] = kept_bytes(recipe, planner, store, wanted, learned)
+        if recipe.method != "mera":  # the first teachers; the last one is the model itself
+            teachers = [earlier.final.backbone for earlier in stages[: stage.index - 1]]
+            row["kept_bytes"] += sum(
+                size_of(store.folder(part.kind, part.fingerprint) / "backbone") for part in teachers
+            )
         row["written_bytes"] = sum(
             size_of(store.folder(step.kind, step.reference.fingerprint)) for step in steps
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
+from graftline.durable import nearest
 from graftline.errors import GraftlineError
 from graftline.forecast import Forecast, estimate_row_tokens, forecast
 from graftline.manifest import CorruptArtifact
@@ -22,7 +23,7 @@ from graftline.store import Store
 from graftline.stores import open_store
 from tasks.outputs import report_folder
 from tasks.own_data import known_data
-from tasks.preflight import bytes_needed, check_disk, check_folders, nearest
+from tasks.preflight import bytes_needed, check_disk, check_folders
 from tasks.steps import by_stage
 
 TYPICAL_ROW_TOKENS = 32.0

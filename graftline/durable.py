@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from graftline.errors import GraftlineError
 
 DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_BLOCK = 1 << 20
 _TEMPORARY = re.compile(r"\.tmp-.+-(?P<pid>[0-9]+)-(?P<host>[0-9a-f]{8})[0-9a-f]{8}")
 
 _log = logging.getLogger(__name__)
@@ -156,6 +158,25 @@ def make_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise StoreUnwritable(folder, "it is not a folder", "Move it away and run again.")
     fsync_folder(folder.parent)
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """Why nothing can be written in a folder, or where it would be made; `None` if it can.
+
+    A block is written, for a full disk takes an empty file.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=nearest(folder)) as file:
+            file.write(bytes(_BLOCK))
+            file.flush()
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return None
+
+
+def nearest(folder: Path) -> Path:
+    """The folder itself, or what stands where its first missing parent would be made."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def write_synced(path: Path, content: bytes) -> None:

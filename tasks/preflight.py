@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
+from graftline.durable import nearest, why_unwritable
 from graftline.errors import GraftlineError
 from graftline.execution import is_done
 from graftline.forecast import ENCODER_SHAPES, BackboneShape, backbone_shape
@@ -27,6 +27,7 @@ _SMALL_STEP_BYTES = 10_000_000
 _STATE_BYTES = 12  # a trained weight's fp32 master and two moments
 _HOLDING_BACKBONES = (
     "backbone", "merge", "weighted-merge", "compose", "guarded-fine-tune", "fisher",
+    "logits",  # of kept rows' answers, a vocabulary wide: about as much
 )  # fmt: skip
 
 
@@ -35,7 +36,7 @@ class PreflightError(GraftlineError):
 
 
 def check_folders(recipe: Recipe, report: Path) -> None:
-    """Writes a file where the run will write: its artifacts, its report, MLflow's database.
+    """Writes a block where the run will write: its artifacts, its report, MLflow's database.
 
     Args:
         recipe: the recipe.
@@ -52,20 +53,13 @@ def check_folders(recipe: Recipe, report: Path) -> None:
     }
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         wanted[tracking.FOLDER] = "move away what is in its place, or make it writable"
-    problems = []
-    for folder, advice in wanted.items():
-        try:
-            with tempfile.TemporaryFile(dir=nearest(folder)):
-                pass
-        except OSError as error:
-            problems.append(f"{folder}: cannot be written ({error.strerror}); {advice}")
+    problems = [
+        f"{folder}: cannot be written ({why}); {advice}"
+        for folder, advice in wanted.items()
+        if (why := why_unwritable(folder)) is not None
+    ]
     if problems:
         raise PreflightError("\n".join(problems))
-
-
-def nearest(folder: Path) -> Path:
-    """The folder itself, or what stands where its first missing parent would be made."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def bytes_needed(plan: RunPlan, store: Store) -> int:

@@ -17,6 +17,7 @@ import tomllib
 from pathlib import Path
 from types import TracebackType
 
+from graftline.durable import why_unwritable
 from graftline.errors import GraftlineError
 from graftline.supervised import start_child, stop_child, when_parent_ends
 
@@ -82,7 +83,12 @@ class Server:
     def __enter__(self) -> Server:
         os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
         if self.own:
-            os.environ.setdefault("PREFECT_HOME", str(HOME.absolute()))
+            home = Path(os.environ.setdefault("PREFECT_HOME", str(HOME.absolute())))
+            if (why := why_unwritable(home)) is not None:
+                raise GraftlineError(
+                    f"{home}: cannot be written ({why}), and Prefect keeps its records there; make "
+                    "room or make it writable, go to another folder, or set PREFECT_HOME."
+                )
             extra = {} if self.with_ui else _SERVICES_OFF
             arguments = ["-m", "tasks.server", str(self.port), *(["ui"] if self.with_ui else [])]
             self._child = start_child(arguments, extra)

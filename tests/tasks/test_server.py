@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from graftline.durable import why_unwritable
 from graftline.errors import GraftlineError
 from tasks import server
 from tasks.ui import free_port
@@ -58,3 +60,29 @@ def test_one_that_does_not_is_named(port, monkeypatch):
         pytest.raises(GraftlineError, match=f"127.0.0.1:{port}/api does not answer. Start it"),
     ):
         running.wait()
+
+
+def test_where_prefect_cannot_write_is_named_before_it_is_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PREFECT_PROFILES_PATH", str(tmp_path / "none.toml"))
+    (tmp_path / ".prefect").write_text("in the way")
+    monkeypatch.setattr(server, "start_child", lambda *_: pytest.fail("was started"))
+    with (
+        pytest.raises(GraftlineError, match=r"\.prefect: cannot be written \(Not a directory\)"),
+        server.Server(),
+    ):
+        pass
+    monkeypatch.delenv("PREFECT_HOME", raising=False)
+
+
+def test_a_disk_that_takes_an_empty_file_alone_is_full(tmp_path):
+    assert why_unwritable(tmp_path / "to" / "be" / "made") is None
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        assert why_unwritable(tmp_path) == "File too large"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
