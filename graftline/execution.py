@@ -45,6 +45,7 @@ from graftline.work import (
     Machine,
     Work,
     call_of,
+    check_untouched,
     load,
     phase_settings,
     realign_settings,
@@ -173,6 +174,7 @@ def _merge(work: Work) -> None:
     previous = work.parents["previous"].folder / "backbone"
     vanilla = work.parents["vanilla"].folder / "backbone"
     merge_backbones(previous, vanilla, work.step.parameters["stage"], work.out / "backbone")
+    check_untouched(work)
 
 
 def _compose(work: Work) -> None:

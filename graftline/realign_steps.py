@@ -24,6 +24,7 @@ from graftline.training import phases
 from graftline.work import (
     Work,
     call_of,
+    check_untouched,
     open_backbone,
     phase_settings,
     realign_settings,
@@ -41,6 +42,7 @@ def weighted_merge(work: Work) -> None:
         parameters["depth"],
         work.out / "backbone",
     )
+    check_untouched(work)
     (work.out / "coefficients.json").write_text(json.dumps(used, indent=2), encoding="utf-8")
 
 

@@ -11,6 +11,8 @@ import torch
 from pyarrow.parquet import read_metadata
 
 from graftline.data.examples import ROWS, replay_rows
+from graftline.errors import GraftlineError
+from graftline.merging.backbones import changed_tensors
 from graftline.model.attention import attention_for
 from graftline.model.backbone import load_backbone
 from graftline.model.precision import computing_dtype, products_are_faster_wide
@@ -187,3 +189,22 @@ def train_rows(features: Path) -> int:
 def phase_settings(parameters: Any) -> PhaseSettings:
     """A training step's settings of the loop."""
     return PhaseSettings(**{k: v for k, v in parameters.items() if k in PhaseSettings.model_fields})
+
+
+def check_untouched(work: Work) -> None:
+    """Compares a merge bit by bit with what it was made of, before it is published.
+
+    What fine-tuning left as it was (embeddings, as a rule) must be as it was; connectors and
+    encoders are other artifacts, which no merge writes.
+
+    Raises:
+        GraftlineError: names a tensor that the merge changed and no training had.
+    """
+    previous, vanilla = (work.parents[role].folder / "backbone" for role in ("previous", "vanilla"))
+    learned = set(changed_tensors(previous, vanilla))
+    surplus = [n for n in changed_tensors(previous, work.out / "backbone") if n not in learned]
+    if surplus:
+        raise GraftlineError(
+            f"{work.step.label}: the merge changed {surplus[0]} ({len(surplus)} such), which "
+            "fine-tuning had left as it was; nothing is published."
+        )

@@ -1,14 +1,19 @@
-"""How long a realigning step trains, by what was kept of its modality's rows."""
+"""How long a realigning step trains, and what a merge may change."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
+from graftline import execution, realign_steps
 from graftline.data.examples import ROWS
+from graftline.errors import GraftlineError
+from graftline.execution import RUNNERS
 from graftline.recipe import load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Artifact
@@ -52,3 +57,41 @@ def test_few_rows_are_not_seen_again_and_again(
 def test_a_recipe_that_sets_no_passes_has_the_steps_it_had(tmp_path: Path) -> None:
     assert "passes" not in _work(tmp_path).step.parameters
     assert _work(tmp_path, **{"realign.passes": 2}).step.parameters["passes"] == 2
+
+
+@pytest.mark.parametrize("method", ["mera", "mera with a coefficient"])
+def test_a_merge_that_changes_what_was_not_trained_is_not_published(
+    method: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"order": ["image", "audio"]}
+    if method != "mera":
+        changes["merge.coefficient"] = 0.3
+    plan = plan_run(load_recipe(TINY, changes), FILES)
+    step = next(each for each in plan.steps.values() if each.kind.endswith("merge"))
+    parents = {}
+    for role in ("previous", "vanilla"):
+        folder = tmp_path / role
+        shutil.copytree(tiny_folder, folder / "backbone")
+        parents[role] = Artifact("fine-tune", role, folder)
+    weights = tmp_path / "vanilla/backbone/model.safetensors"
+    content = load_file(weights)
+    content["model.norm.weight"] += 1.0
+    save_file(content, weights, metadata={"format": "pt"})
+    RUNNERS[step.kind](Work(step, parents, Machine(tmp_path), tmp_path, tmp_path / "good"))
+
+    def careless(*given: object) -> object:
+        made = carry_out(*given)
+        merged = tmp_path / "bad/backbone/model.safetensors"
+        content = load_file(merged)
+        content["model.embed_tokens.weight"][0, 0] += 1.0
+        save_file(content, merged, metadata={"format": "pt"})
+        return made
+
+    module, name = (
+        (execution, "merge_backbones") if method == "mera" else (realign_steps, "merge_weighted")
+    )
+    carry_out = getattr(module, name)
+    monkeypatch.setattr(module, name, careless)
+    (tmp_path / "bad").mkdir()
+    with pytest.raises(GraftlineError, match=r"changed model.embed_tokens.weight \(1 such\)"):
+        RUNNERS[step.kind](Work(step, parents, Machine(tmp_path), tmp_path, tmp_path / "bad"))

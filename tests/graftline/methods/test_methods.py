@@ -82,6 +82,8 @@ def test_vanilla_starts_from_the_model_before_and_the_merge_comes_after() -> Non
             realign = run.steps[connector]
             assert realign.kind == "realign"
             assert realign.parents["backbone"] == stage.final.backbone
+            learned = stage.vanilla if modality == stage.modality else before.final
+            assert realign.parents[f"connector.{modality}"] == learned.connectors[modality]
             assert f"features.{modality}" in realign.parents
 
 
