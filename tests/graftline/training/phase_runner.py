@@ -1,18 +1,22 @@
 """Runs phases on the tiny model; they die by SIGKILL before a given step if asked to.
 
 Each line of the input asks for one, in a process of its own: phase, backbone folder, features
-folder, connector folder, work folder, out folder, step to die before (-1: never). How it ended is
-said in a line of the output. The libraries are loaded once: that takes longer than a phase.
+folder, connector folder, work folder, out folder, and where to die: `step 3` (before it),
+`publish 2` (the second checkpoint is written and not yet shown), `remove 1` (the second is shown
+and the first not yet removed), or nowhere. How it ended is said in a line of the output. The
+libraries are loaded once: that takes longer than a phase.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - what each phase would load
@@ -25,7 +29,7 @@ from graftline.training.elastic import save_fisher
 SETTINGS = PhaseSettings(steps=9, batch_size=4, learning_rate=1e-3, checkpoint_every=2)
 
 
-def run(phase: str, folders: list[Path], die_before: int) -> None:
+def run(phase: str, folders: list[Path], die: str) -> None:
     backbone, features, connector, work, out = folders
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True)
@@ -40,8 +44,8 @@ def run(phase: str, folders: list[Path], die_before: int) -> None:
         out=out,
         label=phase,
     )
-    if die_before >= 0:
-        _die_before(die_before)
+    if die:
+        _die_at(*die.split())
     if phase == "align":
         phases.align(call, SETTINGS, "image", {"tokens": 2, "hidden": 16})
     elif phase == "realign":
@@ -77,24 +81,30 @@ def run(phase: str, folders: list[Path], die_before: int) -> None:
         )
 
 
-def _die_before(step: int) -> None:
-    original = loop.rate_factor
+def _die_at(point: str, number: str) -> None:
+    module, name = {
+        "step": (loop, "rate_factor"),
+        "publish": (loop, "publish_folder"),
+        "remove": (loop.shutil, "rmtree"),
+    }[point]
+    original, seen = getattr(module, name), itertools.count(0 if point == "step" else 1)
 
-    def rate_factor(now: int, settings: PhaseSettings) -> float:
-        if now == step:
+    def deadly(*given: Any) -> Any:
+        now = given[0] if point == "step" else next(seen)
+        if now == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(now, settings)
+        return original(*given)
 
-    loop.rate_factor = rate_factor
+    setattr(module, name, deadly)
 
 
-def _in_a_process(phase: str, folders: list[str], die_before: int) -> int:
+def _in_a_process(phase: str, folders: list[str], die: str) -> int:
     """Exit code of a phase; the negative number of the signal that ended it."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            run(phase, [Path(name) for name in folders], die_before)
+            run(phase, [Path(name) for name in folders], die)
             code = 0
         except BaseException:
             traceback.print_exc()

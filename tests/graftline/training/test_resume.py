@@ -28,13 +28,13 @@ def run_phase(tmp_path_factory) -> Iterator[Run]:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip
 
-    def run(phase: str, folders: list[Path], die_before: int = -1) -> int:
-        runner.stdin.write(json.dumps([phase, [str(folder) for folder in folders], die_before]))
+    def run(phase: str, folders: list[Path], die: str = "") -> int:
+        runner.stdin.write(json.dumps([phase, [str(folder) for folder in folders], die]))
         runner.stdin.write("\n")
         runner.stdin.flush()
         answer = runner.stdout.readline()
         assert answer, errors.read_text()[-2000:]
-        if die_before < 0:
+        if not die:
             assert int(answer) == 0, errors.read_text()[-2000:]
         return int(answer)
 
@@ -57,8 +57,15 @@ def _weights(out: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("phase", ["align", "full", "lora", "ewc", "realign"])
-def test_killed_twice_and_resumed_is_bit_identical(
+PHASES = ("align", "full", "lora", "ewc", "realign")
+
+
+def _kept(work: Path) -> list[int]:
+    return [int(path.name.rpartition("-")[2]) for path in sorted(work.glob("checkpoint-*"))]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_anywhere_and_resumed_is_bit_identical(
     phase: str,
     run_phase: Run,
     tiny_folder: Path,
@@ -68,16 +75,20 @@ def test_killed_twice_and_resumed_is_bit_identical(
 ) -> None:
     inputs = [tiny_folder, features_folder, aligned]
     run_phase(phase, [*inputs, tmp_path / "whole-work", tmp_path / "whole"])
+
+    def killed(work: str, die: str) -> list[int]:
+        """The checkpoints that are left."""
+        out = tmp_path / f"{work}-{die.replace(' ', '-')}"
+        assert run_phase(phase, [*inputs, tmp_path / work, out], die=die) == -signal.SIGKILL
+        return _kept(tmp_path / work)
+
     for step in sorted(random.Random(phase).sample(range(9), 2)):
-        out = tmp_path / f"killed-{step}"
-        killed = run_phase(phase, [*inputs, tmp_path / "work", out], die_before=step)
-        assert killed == -signal.SIGKILL
-        kept = sorted((tmp_path / "work").glob("checkpoint-*"))
         last = step // 2 * 2
-        assert [path.name for path in kept] == ([f"checkpoint-{last:08d}"] if last else [])
-    run_phase(phase, [*inputs, tmp_path / "work", tmp_path / "resumed"])
-    whole, resumed = _weights(tmp_path / "whole"), _weights(tmp_path / "resumed")
-    assert whole
-    assert whole == resumed
-    history = (tmp_path / "whole" / "history.json").read_text()
-    assert history == (tmp_path / "resumed" / "history.json").read_text()
+        assert killed("steps", f"step {step}") == ([last] if last else [])
+    assert killed("torn", "publish 2") == [2]
+    assert killed("torn", "remove 1") == [2, 4]
+    for work in ("steps", "torn"):
+        run_phase(phase, [*inputs, tmp_path / work, tmp_path / f"resumed-{work}"])
+        assert _weights(tmp_path / "whole") == _weights(tmp_path / f"resumed-{work}") != {}
+        history = (tmp_path / "whole" / "history.json").read_text()
+        assert history == (tmp_path / f"resumed-{work}" / "history.json").read_text()
