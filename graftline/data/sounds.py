@@ -72,10 +72,19 @@ class Player:
 
     Args:
         sound_font: Path of the SoundFont file.
+
+    Raises:
+        GraftlineError: tinysoundfont is not installed; says how.
     """
 
     def __init__(self, sound_font: Path) -> None:
-        from tinysoundfont import Synth
+        try:
+            from tinysoundfont import Synth
+        except ModuleNotFoundError as error:
+            raise GraftlineError(
+                "the starter's sounds are rendered by tinysoundfont, which is not installed: "
+                "pip install --no-deps tinysoundfont==0.3.7 (without the pyaudio that it asks for)"
+            ) from error
 
         self._synth: Any = Synth(samplerate=SAMPLE_RATE * _OVERSAMPLING)
         self._font = self._synth.sfload(str(sound_font))
