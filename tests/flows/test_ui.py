@@ -1,0 +1,45 @@
+"""`graftline ui`: both pages on loopback, and nothing left when it is told to stop."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import urllib.request
+
+import pytest
+
+from tests.flows.conftest import Project
+
+pytestmark = pytest.mark.slow
+
+
+def _read(url: str, content: dict[str, object] | None = None) -> str:
+    data = None if content is None else json.dumps(content).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.status == 200
+        return answer.read().decode()
+
+
+def test_both_pages_are_served_until_ctrl_c(copy: Project) -> None:
+    process = copy.start("ui", "--mlflow-port", "0", "--prefect-port", "0")
+    text = ""
+    while "Ctrl-C stops both" not in text:
+        line = process.stdout.readline()
+        assert line, text
+        text += line
+    mlflow, prefect = re.findall(r"(?:MLflow|Prefect): +(http://127\.0\.0\.1:\d+)", text)
+    assert "<html" in _read(mlflow) and "<html" in _read(prefect)
+    found = json.loads(_read(f"{mlflow}/api/2.0/mlflow/experiments/search?max_results=10"))
+    assert "tiny" in [each["name"] for each in found["experiments"]]
+    runs = json.loads(_read(f"{prefect}/api/flow_runs/filter", {"limit": 5}))
+    assert {run["state_type"] for run in runs} == {"COMPLETED"}
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert "Traceback" not in rest
+    assert copy.left_over() == []
+    for url in (mlflow, prefect):
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) != 0
