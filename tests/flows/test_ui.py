@@ -6,7 +6,9 @@ import json
 import re
 import signal
 import socket
+import subprocess
 import urllib.request
+from collections.abc import Iterator
 
 import pytest
 
@@ -23,22 +25,33 @@ def _read(url: str, content: dict[str, object] | None = None) -> str:
         return answer.read().decode()
 
 
-def test_both_pages_are_served_until_ctrl_c(copy: Project) -> None:
+@pytest.fixture
+def served(copy: Project) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """The running command, and where it says that MLflow and Prefect are."""
     process = copy.start("ui", "--mlflow-port", "0", "--prefect-port", "0")
-    text = ""
-    while "Ctrl-C stops both" not in text:
-        line = process.stdout.readline()
-        assert line, text
-        text += line
-    mlflow, prefect = re.findall(r"(?:MLflow|Prefect): +(http://127\.0\.0\.1:\d+)", text)
+    try:
+        text = ""
+        while "Ctrl-C stops both" not in text:
+            line = process.stdout.readline()
+            assert line, text
+            text += line
+        mlflow, prefect = re.findall(r"(?:MLflow|Prefect): +(http://127\.0\.0\.1:\d+)", text)
+        yield process, mlflow, prefect
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+def test_both_pages_are_served_until_ctrl_c(copy: Project, served) -> None:
+    process, mlflow, prefect = served
     assert "<html" in _read(mlflow) and "<html" in _read(prefect)
     found = json.loads(_read(f"{mlflow}/api/2.0/mlflow/experiments/search?max_results=10"))
     assert "tiny" in [each["name"] for each in found["experiments"]]
     runs = json.loads(_read(f"{prefect}/api/flow_runs/filter", {"limit": 5}))
     assert {run["state_type"] for run in runs} == {"COMPLETED"}
     process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
-    assert "Traceback" not in rest
+    process.wait(60)
+    assert "Traceback" not in process.stdout.read()
     assert copy.left_over() == []
     for url in (mlflow, prefect):
         with socket.socket() as probe:
