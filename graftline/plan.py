@@ -304,8 +304,8 @@ class Planner:
         }
 
     def _training(self, settings: PhaseSettings) -> dict[str, Any]:
-        chosen = settings.model_dump(exclude_none=True)
-        del chosen["checkpoint_every"]
+        # a checkpoint changes no result, and what realigning starts from is a parent
+        chosen = settings.model_dump(exclude_none=True, exclude={"checkpoint_every", "start"})
         return {**chosen, "seed": self.recipe.seed, **self._numerics()}
 
     def _add(

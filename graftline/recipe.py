@@ -94,6 +94,10 @@ class RealignSettings(PhaseSettings):
         description="output: its last layer alone, which a small replay overfits less; all: as in "
         "the paper",
     )
+    start: Literal["merged", "corrected"] = Field(
+        "merged",
+        description="merged: connectors as the merge finds them; corrected: in closed form first",
+    )
     passes: float | None = Field(
         None,
         gt=0.0,

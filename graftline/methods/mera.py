@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from graftline.methods import Stage, add_modality, start
@@ -141,6 +141,8 @@ def _on_replay(planner: RealignPlanner, replayed: Collection[str]) -> Realign:
 
     def realign(turn: Turn) -> Model:
         model = turn.model
+        if planner.recipe.realign.start == "corrected":
+            model = corrected(planner, turn)
         connectors = {
             name: planner.realign(model, name, turn.stage) if name in replayed else connector
             for name, connector in model.connectors.items()
@@ -148,3 +150,12 @@ def _on_replay(planner: RealignPlanner, replayed: Collection[str]) -> Realign:
         return Model(model.backbone, connectors)
 
     return realign
+
+
+def corrected(planner: RealignPlanner, turn: Turn) -> Model:
+    """The turn's model with every connector corrected in closed form [ours]."""
+    connectors = {
+        name: planner.correct(turn.model, name, turn.taught_by(name).backbone, turn.stage)
+        for name in turn.model.connectors
+    }
+    return replace(turn.model, connectors=connectors)

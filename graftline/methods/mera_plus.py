@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from graftline.methods import Stage
-from graftline.methods.mera import Turn, grow
-from graftline.methods.mera_corrected import corrected
+from graftline.methods.mera import Turn, corrected, grow
 from graftline.methods.mera_distilled import distilled
 from graftline.plan import Model, Planner, Reference
 from graftline.realign_plan import RealignPlanner

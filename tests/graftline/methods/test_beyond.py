@@ -114,6 +114,17 @@ def test_the_correction_may_be_the_start_of_distilling() -> None:
             assert corrected.parents[f"connector.{name}"] == step.parents[f"taught.{name}"]
 
 
+def test_the_correction_may_be_the_start_of_realigning() -> None:
+    run = plan("mera", **{"realign.start": "corrected"})
+    for stage in run.stages[1:]:
+        for name, connector in stage.final.connectors.items():
+            step = run.steps[connector]
+            corrected = run.steps[step.parents[f"connector.{name}"]]
+            assert (step.kind, corrected.kind) == ("realign", "correct")
+            assert corrected.parents["backbone"] == step.parents["backbone"]
+            assert "start" not in step.parameters
+
+
 def test_masks_are_of_the_chain_and_the_chain_goes_on_without_them() -> None:
     run = plan("mera-masks", **{"compose.parameters": {"mmer": {"density": 0.5}}})
     for before, stage in zip(run.stages, run.stages[1:], strict=False):
