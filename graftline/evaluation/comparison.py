@@ -28,6 +28,8 @@ from graftline.evaluation.report import (
 )
 
 PERPLEXITY = "text_perplexity"
+LEARNED = 20.0
+"""Retention in per cent below which a method has no rank: who learns nothing forgets nothing."""
 Order = tuple[str, ...]
 StageSpread = Mapping[int, Mapping[str, tuple[float, float, float]]]
 """Stage -> modality -> (mean, lowest, highest score) over seeds."""
@@ -40,7 +42,7 @@ class ComparedMethod:
     Attributes:
         label: what people read.
         method: the method's name.
-        rank: by BRG, 1 the highest; `None` where BRG is undefined.
+        rank: by BRG, 1 the highest; `None` where BRG is undefined, or retention below `LEARNED`.
         intervals: gains in per cent, `scores.<modality>` and `joint` from 0 to 1, and
             `text_perplexity`; means over runs. An end is `None` where nothing was resampled.
         differences: this method less the baseline, paired; empty for the baseline itself.
@@ -105,7 +107,7 @@ def compare_runs(
     ]
     found.sort(key=_place)
     return [
-        replace(method, rank=None if method.intervals["brg"].estimate is None else number)
+        replace(method, rank=number if _is_ranked(method) else None)
         for number, method in enumerate(found, start=1)
     ]
 
@@ -262,4 +264,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _place(method: ComparedMethod) -> tuple[bool, float, str]:
     brg = method.intervals["brg"].estimate
     value = method.intervals["retention"].estimate if brg is None else brg
-    return brg is None, -math.inf if value is None else -value, method.label
+    return not _is_ranked(method), -math.inf if value is None else -value, method.label
+
+
+def _is_ranked(method: ComparedMethod) -> bool:
+    retention = method.intervals["retention"].estimate
+    learned = retention is None or retention >= LEARNED
+    return learned and method.intervals["brg"].estimate is not None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from graftline.evaluation.bootstrap import Interval
 from graftline.evaluation.cells import JOINT
-from graftline.evaluation.comparison import PERPLEXITY, ComparedMethod
+from graftline.evaluation.comparison import LEARNED, PERPLEXITY, ComparedMethod
 from graftline.evaluation.style import words
 
 DASH = "–"
@@ -169,7 +169,8 @@ def facts(methods: Sequence[ComparedMethod]) -> list[str]:
     return [
         f"{first.runs} run{'s' * (first.runs > 1)} a method: seed{'s' * (len(first.seeds) > 1)} "
         f"{seeds}, {orders}; n = {first.n} test rows a run{asked}. Means over runs, 95 % bootstrap "
-        f"intervals over test rows and runs, ranked by BRG.{text}"
+        f"intervals over test rows and runs, ranked by BRG where retention is {LEARNED:.0f} at "
+        f"least.{text}"
     ]
 
 

@@ -134,6 +134,21 @@ def test_what_is_undefined_has_no_rank_and_says_why() -> None:
     assert "No BRG of ewc: the score of image after stage 1 is zero" in text
 
 
+def test_what_learned_next_to_nothing_has_no_rank() -> None:
+    idle = make("connector-only", 1.0)
+    few = tuple(
+        replace(cell, examples=tuple(value / 10 for value in cell.examples))
+        if cell.point == "final"
+        else cell
+        for cell in idle.cells
+    )
+    groups = {"connector-only": [replace(idle, cells=few)], "mera": [make("mera", 0.7)]}
+    methods = compare_runs(groups, "mera", 50)
+    assert [(m.label, m.rank) for m in methods] == [("mera", 1), ("connector-only", None)]
+    assert methods[1].intervals["brg"].estimate == pytest.approx(100.0)
+    assert "ranked by BRG where retention is 20" in markdown(methods, "mera", TimeSpent({}))
+
+
 def _compared(labels: Mapping[str, float]) -> list[ComparedMethod]:
     groups = {
         label: [make(label, kept), make(label, kept - 0.1, BA)] for label, kept in labels.items()
