@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -53,6 +54,10 @@ from graftline.work import (
 )
 
 TIMING = "timing.json"
+_AT_ONCE = frozenset(
+    {"backbone", "merge", "weighted-merge", "perplexity", "statistics", "correct", "adapters"}
+)
+"""Kinds without a loop that says how far it is: they are shown as one round, with their time."""
 
 
 def is_done(step: Step, store: Store) -> bool:
@@ -90,7 +95,10 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
         shared = carried_out_together(step.kind, machine)
         shared &= step.kind != "features" or machine.feature_shares == 1
         run = carry_out_together if shared else RUNNERS[step.kind]
-        run(Work(step, parents, machine, folder, out))
+        with track(step.title, 1) if step.kind in _AT_ONCE else nullcontext() as advance:
+            run(Work(step, parents, machine, folder, out))
+            if advance is not None:
+                advance()
         _record_seconds(out / TIMING, time.monotonic() - started)
 
     return step.publish(store, build)
