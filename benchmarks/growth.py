@@ -34,7 +34,8 @@ from graftline.data.rows import SPLITS
 from graftline.execution import execute, recorded_seconds
 from graftline.methods import method_named
 from graftline.plan import Planner, Reference, Step
-from graftline.recipe import Recipe, load_recipe
+from graftline.recipe import Recipe
+from graftline.recipe_reading import load_recipe
 from graftline.store import Store
 from graftline.work import Machine
 
@@ -68,14 +69,17 @@ def main() -> None:
         "distil.samples": 32,
         "distil.clusters": 8,
     }
-    recipe = load_recipe(arguments.recipe, overrides)
+    recipes = {
+        method: load_recipe(arguments.recipe, {**overrides, "method": method})
+        for method in arguments.methods.split(",")
+    }
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         whole = Store(Path(folder) / "whole")
-        features = whole_features(recipe, whole)
-        for method in arguments.methods.split(","):
+        features = whole_features(next(iter(recipes.values())), whole)
+        for method, recipe in recipes.items():
             store = Store(Path(folder) / method)
-            rows += grown(many(recipe, method), features, store)
+            rows += grown(many(recipe), features, store)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "growth.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, COLUMNS)
@@ -97,13 +101,12 @@ def whole_features(recipe: Recipe, store: Store) -> dict[str, Path]:
     return found
 
 
-def many(recipe: Recipe, method: str) -> Recipe:
+def many(recipe: Recipe) -> Recipe:
     """The recipe with each modality in parts, in turn; names are not checked here."""
     settings = {name: recipe.modality(name) for name in recipe.order}
     names = [f"{name}_{part}" for part in range(PARTS) for name in recipe.order]
     return recipe.model_copy(
         update={
-            "method": method,
             "order": tuple(names[: max(COUNTS)]),
             "modalities": {name: settings[name.rpartition("_")[0]] for name in names},
         }

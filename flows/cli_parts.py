@@ -58,7 +58,7 @@ def combine(
     """Make one model of several that were trained from one LLM, each with its own modalities."""
     from graftline.combining import combine as carry_out
     from graftline.progress import shown
-    from graftline.recipe import parse_override
+    from graftline.recipe_reading import parse_override
 
     given = dict(parse_override(text) for text in settings or [])
     with shown(console):

@@ -15,7 +15,7 @@ from flows.several import run_all
 from graftline.budget import plans_of
 from graftline.comparison import BASELINE, WantedRun, comparison_of
 from graftline.plan import Reference
-from graftline.recipe import load_recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import RunPlan
 from tasks.comparing import (
     comparison_tags,

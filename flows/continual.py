@@ -17,7 +17,8 @@ from flows.slots import Job
 from graftline.costs import Window
 from graftline.execution import is_done
 from graftline.plan import Step
-from graftline.recipe import Recipe, load_recipe
+from graftline.recipe import Recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.stores import open_store
 from graftline.work import Machine

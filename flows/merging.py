@@ -17,7 +17,7 @@ from graftline.merging.checkpoints import open_checkpoint
 from graftline.merging.elsewhere import fetch_checkpoint, is_elsewhere
 from graftline.merging.streaming import MergeReport, MergeRequest, merge_checkpoints
 from graftline.progress import shown
-from graftline.recipe import parse_override
+from graftline.recipe_reading import parse_override
 from graftline.weight_files import Entry, Origin
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from graftline.recipe import Recipe, load_recipe
+from graftline.recipe import Recipe
+from graftline.recipe_reading import load_recipe
 from tasks.server import Server
 
 if TYPE_CHECKING:

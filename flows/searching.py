@@ -12,7 +12,8 @@ import yaml
 
 from flows.running import run_several
 from graftline.methods.search import Search, Trial, best_of, search_of, write_trials
-from graftline.recipe import Recipe, load_recipe
+from graftline.recipe import Recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import plan_run
 from graftline.stores import open_store
 from tasks.outputs import search_file
@@ -141,13 +142,9 @@ def _as_recipe(content: Mapping[str, Any]) -> str:
         for group in groups:
             part = part.setdefault(group, {})
         part[last] = value
-    return _flow({"methods": {method: nested}} if content["what"] == "rates" else nested)
+    return _flow({"methods": {method: nested}})
 
 
 def _flow(content: Mapping[str, Any]) -> str:
-    """As YAML, each key on one line."""
-    dumped = (
-        yaml.safe_dump({key: value}, default_flow_style=True, width=10_000)
-        for key, value in content.items()
-    )
-    return "  ".join(text.strip()[1:-1] for text in dumped)
+    """As YAML on one line."""
+    return yaml.safe_dump(content, default_flow_style=True, width=10_000).strip()[1:-1]

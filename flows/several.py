@@ -13,7 +13,7 @@ from flows.continual import opened_run, run_once
 from flows.data import versioned
 from flows.dispatch import compute_lacking
 from graftline.plan import Step
-from graftline.recipe import load_recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.stores import open_store
 from graftline.work import Machine

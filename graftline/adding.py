@@ -26,7 +26,8 @@ from graftline.methods import Stage
 from graftline.methods.mera import HALVES, add_stage, halves_of
 from graftline.plan import Model, Planner, Reference, Step
 from graftline.realign_plan import RealignPlanner
-from graftline.recipe import ModalitySettings, Recipe, RecipeError
+from graftline.recipe import ModalitySettings, Recipe
+from graftline.recipe_reading import RecipeError
 from graftline.run_plan import RunPlan, last_scores, stage_scores
 from graftline.store import Store
 

@@ -14,7 +14,8 @@ from graftline.comparison import Comparison, WantedRun, prefix_stages
 from graftline.costs import lineage, model_parts
 from graftline.history import History, history_of
 from graftline.plan import Reference, Step
-from graftline.recipe import ExecutionSettings, load_recipe
+from graftline.recipe import ExecutionSettings
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from graftline.data.examples import replay_rows
 from graftline.evaluation.cells import JOINT
 from graftline.execution import TIMING
+from graftline.manifest import read_manifest
 from graftline.model.loading import read_record
 from graftline.plan import Reference, Step
 from graftline.run_plan import RunPlan
@@ -41,6 +42,8 @@ _ACTIVITIES: dict[str, Activity] = {
     "correct": "merging",
     "statistics": "preparation",
 }
+_Part = tuple[Reference, str]
+"""An artifact, and how the names of those of its files begin that are meant."""
 _CHUNK = 1 << 20  # numbers compared at once
 _SHIFT = np.uint32(16)  # bfloat16 is the upper half of a float32
 
@@ -203,34 +206,55 @@ def _bytes_beyond_backbone(plan: RunPlan, store: Store) -> float:
 
 
 def _bytes_carried(plan: RunPlan, store: Store) -> float:
-    """Bytes of what the last stage's steps read of earlier ones beside the model between them."""
-    if len(plan.stages) < 2:
+    """Bytes that the last stage's steps read of earlier ones beside the model between them."""
+    if not plan.stages:
         return 0.0
-    model = _model_before(plan)
-    kept: dict[tuple[Reference, str], float] = {}
+    last, model = plan.stages[-1], _model_before(plan)
+    kept: dict[_Part, float] = {}
     for step in (plan.steps[reference] for reference in lineage(plan)):
-        for role, parent in step.parents.items() if step.stage == plan.stages[-1].index else ():
+        for role, parent in step.parents.items() if step.stage == last.index else ():
             group, _, modality = role.partition(".")
+            if modality == last.modality or plan.steps[parent].kind in ("backbone", "bundle"):
+                continue  # new, theta_0, or of the model that `graftline add` was given
             if group == "features":
-                old = modality != plan.stages[-1].modality
-                share = step.parameters.get("fraction", 1.0) if old else 0.0
-                kept[parent, "train"] = max(share, kept.get((parent, "train"), 0.0))
-            elif plan.steps[parent].stage < plan.stages[-1].index and parent not in model:
-                kept[parent, "."] = 1.0
-    return math.fsum(
-        share * _size(file)
-        for (part, inside), share in kept.items()
-        for file in (store.local(part.kind, part.fingerprint) / inside).rglob("*.safetensors")
-    )
+                part = (parent, "train/")
+                kept[part] = max(step.parameters.get("fraction", 1.0), kept.get(part, 0.0))
+            elif plan.steps[parent].stage < last.index:
+                part = (parent, _files_of(group, modality))
+                kept |= {part: 1.0} if part not in model else {}
+    return math.fsum(share * _listed(store, part) for part, share in kept.items())
 
 
-def _model_before(plan: RunPlan) -> set[Reference]:
+def _files_of(group: str, modality: str) -> str:
+    """How the files begin that a step reads of a parent in some role."""
+    if group in ("connector", "taught"):
+        return f"connector-{modality}."
+    named = ("subspace", "logits", "fisher", "statistics", "adapters")
+    return f"{group}." if group in named else "backbone/"
+
+
+def _model_before(plan: RunPlan) -> set[_Part]:
     """Parts of the model that the last stage starts from, and what its adapters are made of."""
+    if len(plan.stages) < 2:
+        return set()
     before = plan.stages[-2].final
-    adapters = set(before.adapters.values())
-    parts = {before.backbone, *before.connectors.values(), *before.experts.values(), *adapters}
-    made_of = {parent for part in adapters for parent in plan.steps[part].parents.values()}
-    return parts | made_of | ({before.base} if before.base else set())
+    backbones = {before.backbone, *before.experts.values(), *([before.base] if before.base else [])}
+    backbones |= {p for part in before.adapters.values() for p in plan.steps[part].parents.values()}
+    connectors = {(part, f"connector-{name}.") for name, part in before.connectors.items()}
+    adapters = {(part, "adapters.") for part in before.adapters.values()}
+    return {(part, "backbone/") for part in backbones} | connectors | adapters
+
+
+def _listed(store: Store, part: _Part) -> int:
+    """Bytes of weights among an artifact's files, by its manifest."""
+    reference, start = part
+    folder = store.notes(reference.kind, reference.fingerprint)
+    files = read_manifest(folder)["files"].items()
+    return sum(
+        int(entry["size"])
+        for name, entry in files
+        if name.startswith(start) and name.endswith(".safetensors")
+    )
 
 
 def _size(file: Path) -> int:

@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from graftline.recipe import KINDS, ModalitySettings, Recipe, RecipeError, load_recipe
+from graftline.recipe import KINDS, ModalitySettings, Recipe
+from graftline.recipe_reading import RecipeError, load_recipe
 
 ENCODERS: Mapping[str, str] = {
     "image": "efficientnet-lite0",

@@ -54,9 +54,7 @@ from graftline.work import (
 )
 
 TIMING = "timing.json"
-_AT_ONCE = frozenset(
-    {"backbone", "merge", "weighted-merge", "perplexity", "statistics", "correct", "adapters"}
-)
+_AT_ONCE = frozenset({"backbone", "merge", "weighted-merge", "perplexity", "statistics", "correct"})
 """Kinds without a loop that says how far it is: they are shown as one round, with their time."""
 
 

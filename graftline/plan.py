@@ -126,6 +126,12 @@ class Planner:
         own.steps = planner.steps
         return own
 
+    def common(self) -> Self:
+        """The same plan, by what all methods of the recipe share: for what gains compare with."""
+        own = type(self)(self.recipe.common(), self.data_files)
+        own.steps = self.steps
+        return own
+
     def backbone(self) -> Reference:
         """theta_0, as a folder that `transformers` loads."""
         parameters = backbone_parameters(self.recipe.backbone.source)

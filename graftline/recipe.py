@@ -1,16 +1,11 @@
-"""What the user wants: a recipe, read from `params/*.yaml`, checked before anything is computed."""
+"""What the user wants: a recipe, as `recipe_reading` reads it from `params/*.yaml`."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from graftline.errors import GraftlineError
 from graftline.model_settings import (
     BackboneChoice,
     BackboneSize,
@@ -21,7 +16,7 @@ from graftline.model_settings import (
 from graftline.realign_settings import CorrectionSettings, DistilSettings, MeraPlusSettings
 from graftline.recipe_parts import Part as Part
 from graftline.recipe_parts import PhaseSettings as PhaseSettings
-from graftline.recipe_problems import described, nearest
+from graftline.recipe_problems import nearest
 from graftline.rival_settings import LoraSettings as LoraSettings
 from graftline.rival_settings import RivalSettings
 from graftline.source_settings import SourceSettings
@@ -45,6 +40,11 @@ MethodName = Literal[ContinualName, CompositionName]
 RIVALS: tuple[str, ...] = get_args(RivalName)
 COMPOSITIONS: tuple[str, ...] = get_args(CompositionName)
 Fraction = Field(gt=0.0, le=1.0)
+OWN = (
+    "align", "fine_tune", "realign", "replay", "merge", "compose", "rivals", "correction", "distil",
+    "mera_plus",
+)  # fmt: skip
+"""Sections that `methods` may set for one method alone: how it learns, not what or on what."""
 
 
 class DataSettings(Part):
@@ -245,6 +245,17 @@ class Recipe(Part):
         "artifacts", description="folder of the artifact store, or s3://bucket/prefix"
     )
 
+    _common: dict[str, Part] = PrivateAttr(default_factory=dict)
+
+    def beside(self, common: Recipe) -> Recipe:
+        """This recipe, which is another one with a method's own settings over it."""
+        self._common = {name: getattr(common, name) for name in OWN}
+        return self
+
+    def common(self) -> Recipe:
+        """This recipe as all methods share it: what gains are measured against learns by that."""
+        return self.model_copy(update=self._common)
+
     def modality(self, name: str) -> ModalitySettings:
         """The settings of one modality by its name."""
         return {str(key): value for key, value in self.modalities.items()}[name]
@@ -283,116 +294,3 @@ class Recipe(Part):
         if problems:
             raise ValueError("; ".join(problems))
         return self
-
-
-class RecipeError(GraftlineError):
-    """A recipe that cannot be run; the message lists every problem at once."""
-
-
-def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads and checks a recipe.
-
-    Args:
-        path: YAML file.
-        overrides: dotted key -> value, e.g. `{"replay.fraction": 0.01}`; wins over the file.
-
-    Raises:
-        RecipeError: names the file and every problem (unknown keys with the nearest valid name).
-    """
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        near = sorted(str(other) for other in path.parent.glob("*.yaml"))
-        hint = f" Recipes beside it: {', '.join(near)}." if near else ""
-        raise RecipeError(f"{path}: no such recipe.{hint}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values.")
-    given = dict(overrides or {})
-    for key in [key for key in given if key.startswith("methods.")]:
-        _set_dotted(content, key, given.pop(key))
-    problems: dict[str, None] = {}  # each once, in the order in which they were found
-    try:
-        chosen = _checked(content, given, given.get("method", content.get("method")))
-    except _Problems as error:
-        problems |= dict.fromkeys(error.lines)
-    for method in sorted(_own_settings(content).keys() & set(get_args(MethodName))):
-        try:
-            _checked(content, {**given, "method": method}, method)
-        except _Problems as error:
-            new = (line for line in error.lines if line not in problems)
-            problems |= dict.fromkeys(f"methods.{method}: {line}" for line in new)
-    if problems:
-        lines = "\n".join(f"  - {line}" for line in problems)
-        raise RecipeError(f"{path}: {len(problems)} problem(s):\n{lines}")
-    return chosen
-
-
-class _Problems(Exception):
-    """What is wrong with a recipe, a line each."""
-
-    def __init__(self, lines: Sequence[str]) -> None:
-        super().__init__(*lines)
-        self.lines = lines
-
-
-def _checked(content: Mapping[str, Any], overrides: Mapping[str, Any], method: Any) -> Recipe:
-    """A file's content, a method's own settings over it, and the overrides over both."""
-    own = _own_settings(content).get(str(method), {})
-    fixed = sorted({"name", "method", "methods"} & own.keys())
-    if fixed:
-        raise _Problems([f"{', '.join(fixed)}: not a method's to set"])
-    merged = _laid_over(content, own)
-    for key, value in overrides.items():
-        _set_dotted(merged, key, value)
-    try:
-        return Recipe.model_validate(merged)
-    except ValidationError as error:
-        raise _Problems([described(each, Recipe) for each in error.errors()]) from error
-
-
-def _own_settings(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Method -> its own settings, as far as the file has the form; `Recipe` says what has not."""
-    found = content.get("methods")
-    if not isinstance(found, Mapping):
-        return {}
-    return {str(name): each for name, each in found.items() if isinstance(each, Mapping)}
-
-
-def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `below` in which the values of `above` win, key by key."""
-    merged = copy.deepcopy(dict(below))
-    for key, value in above.items():
-        inner = merged.get(key)
-        if isinstance(inner, dict) and isinstance(value, Mapping):
-            merged[key] = _laid_over(inner, value)
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Splits `key=value` of a command line; the value is read as YAML.
-
-    Raises:
-        RecipeError: there is no `=`, or the value is no YAML.
-    """
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise RecipeError(f"--set {text!r}: write key=value, e.g. replay.fraction=0.01")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text!r}: the value is not YAML: {error}") from error
-
-
-def _set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for name in parents:
-        inner = content.setdefault(name, {})
-        if not isinstance(inner, dict):
-            raise RecipeError(f"--set {key}: {name} is a value, not a group of keys")
-        content = inner
-    content[last] = value

@@ -67,7 +67,8 @@ def plan_run(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> Run
     scores = [score for stage in stages for score in stage_scores(planner, stage)]
     scores += last_scores(planner, stages)
     for modality in recipe.order if recipe.evaluation.references else ():
-        scores.append(_score(planner, expert(planner, modality), modality, "expert", 0, modality))
+        alone = expert(planner.common(), modality)
+        scores.append(_score(planner, alone, modality, "expert", 0, modality))
     last = stages[-1].final.backbone if stages else base
     perplexity["after"] = planner.perplexity(last, len(recipe.order))
     return RunPlan(recipe, stages, tuple(scores), perplexity, dict(planner.steps))

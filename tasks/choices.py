@@ -11,7 +11,7 @@ from graftline.asking.bundle import is_bundle
 from graftline.asking.parts import Parts
 from graftline.errors import GraftlineError
 from graftline.methods import Stage
-from graftline.recipe import load_recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
 from graftline.stores import open_store

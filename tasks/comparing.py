@@ -61,13 +61,15 @@ class Compared:
 def is_reported(plan: RunPlan, folder: Path) -> bool:
     """Whether a run's report is of this very result, wherever its artifacts are.
 
+    Costs that reports of earlier versions do not hold are shown as missing, and no reason to
+    train again.
+
     Args:
         plan: the run.
         folder: its report.
     """
-    metrics = metrics_in(folder)
-    whole = has_costs(metrics) and (folder / "examples.csv").exists()
-    return whole and metrics.get("fingerprint") == plan.fingerprint
+    same = metrics_in(folder).get("fingerprint") == plan.fingerprint
+    return same and (folder / "examples.csv").exists()
 
 
 def reported_runs(
@@ -90,7 +92,8 @@ def is_finished(plan: RunPlan, folder: Path, done: set[Reference]) -> bool:
         folder: its report.
         done: steps that were found earlier, which are not looked at again; gets what is found.
     """
-    if not (is_reported(plan, folder) and metrics_in(folder).get("step_seconds")):
+    metrics = metrics_in(folder)
+    if not (is_reported(plan, folder) and has_costs(metrics) and metrics.get("step_seconds")):
         return False
     store = open_store(plan.recipe.store, verify="quick")
     done |= {r for r, step in plan.steps.items() if r not in done and is_done(step, store)}

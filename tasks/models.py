@@ -26,7 +26,7 @@ from graftline.errors import GraftlineError
 from graftline.evaluation.earlier import ended_at
 from graftline.evaluation.report import EXAMPLES, RunScores, metrics_of, read_report
 from graftline.model.own_backbone import backbone_name
-from graftline.recipe import RecipeError, load_recipe
+from graftline.recipe_reading import RecipeError, load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.stores import open_store
 from tasks.outputs import EXPORTED, alias_of, read_object, report_folder, usual_order

@@ -16,7 +16,8 @@ before, to the next model."""
 def chain(planner: Planner, order: Sequence[str], learn: Learn) -> list[Stage]:
     """Aligns and learns each modality in turn.
 
-    Each stage's vanilla model is naive fine-tuning from the same start, for FRG alone.
+    Each stage's vanilla model is naive fine-tuning from the same start, for FRG alone, and by what
+    all methods share: a method's own learning rate is not its measure's.
     """
     steps = GuardPlanner.beside(planner)
     model, stages = start(planner), list[Stage]()
@@ -26,7 +27,7 @@ def chain(planner: Planner, order: Sequence[str], learn: Learn) -> list[Stage]:
         model = learn(steps, aligned, modality, stages)
         vanilla = None
         if planner.recipe.evaluation.references:
-            vanilla = planner.fine_tune(aligned, (modality,), index)
+            vanilla = planner.common().fine_tune(aligned, (modality,), index)
         stages.append(Stage(index, modality, final=model, vanilla=vanilla))
     return stages
 

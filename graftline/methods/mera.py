@@ -142,7 +142,7 @@ def _on_replay(planner: RealignPlanner, replayed: Collection[str]) -> Realign:
     def realign(turn: Turn) -> Model:
         model = turn.model
         if planner.recipe.realign.start == "corrected":
-            model = corrected(planner, turn)
+            model = corrected(planner, turn, replayed)
         connectors = {
             name: planner.realign(model, name, turn.stage) if name in replayed else connector
             for name, connector in model.connectors.items()
@@ -152,10 +152,14 @@ def _on_replay(planner: RealignPlanner, replayed: Collection[str]) -> Realign:
     return realign
 
 
-def corrected(planner: RealignPlanner, turn: Turn) -> Model:
-    """The turn's model with every connector corrected in closed form [ours]."""
+def corrected(
+    planner: RealignPlanner, turn: Turn, modalities: Collection[str] | None = None
+) -> Model:
+    """The turn's model with connectors corrected in closed form [ours]; all, if none are named."""
     connectors = {
         name: planner.correct(turn.model, name, turn.taught_by(name).backbone, turn.stage)
-        for name in turn.model.connectors
+        if modalities is None or name in modalities
+        else connector
+        for name, connector in turn.model.connectors.items()
     }
     return replace(turn.model, connectors=connectors)

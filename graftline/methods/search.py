@@ -164,13 +164,13 @@ def search_of(method: str, recipe: Recipe, *, rates: bool) -> Search:
 
 def _rates(method: str, recipe: Recipe) -> list[Mapping[str, Any]]:
     """The recipe's learning rate and length, and others around them."""
-    alone = method == "connector-only"
+    alone, tuned = method == "connector-only", recipe.common().fine_tune
     key = "connector_learning_rate" if alone else "learning_rate"
-    rate = getattr(recipe.fine_tune, key)
+    rate = getattr(tuned, key)
     return [
         {
-            f"fine_tune.{key}": float(f"{rate * factor:.2g}"),
-            "fine_tune.steps": recipe.fine_tune.steps * length,
+            f"fine_tune.{key}": rate if factor == 1.0 else float(f"{rate * factor:.2g}"),
+            "fine_tune.steps": tuned.steps * length,
         }
         for factor, length in (_CONNECTOR_RATES if alone else _RATES)
     ]

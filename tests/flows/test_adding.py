@@ -15,7 +15,7 @@ from graftline.asking.asker import Asker
 from graftline.asking.bundle import content_digest, read_bundle, read_description
 from graftline.evaluation.report import read_report
 from graftline.model.backbone import make_tiny
-from graftline.recipe import RecipeError, load_recipe
+from graftline.recipe_reading import RecipeError, load_recipe
 from graftline.store import Store
 from graftline.taking_apart import take_apart
 from tasks.data import known_version

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flows.dispatch import HERE, sent_out, step_job
 from flows.slots import Job
-from graftline.recipe import load_recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.work import Machine
 from tasks.references import DataVersion, Place

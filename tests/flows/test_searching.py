@@ -8,7 +8,7 @@ import pytest
 
 from flows.searching import describe, trial_of
 from graftline.methods.search import search_of, write_trials
-from graftline.recipe import load_recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import plan_run
 
 TINY = Path(__file__).resolve().parents[2] / "params" / "tiny.yaml"

@@ -15,7 +15,7 @@ from flows.cli import app
 from graftline.execution import RUNNERS, execute
 from graftline.model.multimodal import collate
 from graftline.model.routing.router import routed
-from graftline.recipe import load_recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
 from graftline.work import Machine, Work

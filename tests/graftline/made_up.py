@@ -13,7 +13,7 @@ from graftline.data.build import checksums
 from graftline.data.encoding import encode_ply
 from graftline.data.rows import schema
 from graftline.plan import Step
-from graftline.recipe import load_recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
 

@@ -2,9 +2,78 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from graftline.costs import seconds_by_activity
+from graftline import manifest
+from graftline.costs import _bytes_carried, seconds_by_activity
+from graftline.recipe_reading import load_recipe
+from graftline.run_plan import plan_run
+from graftline.store import Store
+
+TINY = Path(__file__).resolve().parents[2] / "params/tiny.yaml"
+NAMES = ("image", "audio", "video", "point_cloud")
+SIZES = {
+    "backbone/model.safetensors": 1_000_000,
+    **{f"connector-{name}.safetensors": 10_000 for name in NAMES},
+    "train/features.safetensors": 400,
+    "subspace.safetensors": 7_000,
+    "logits.safetensors": 60_000,
+    "fisher.safetensors": 2_000_000,
+    "statistics.safetensors": 3,
+    "adapters.safetensors": 90_000,
+    "history.json": 5,
+}
+"""Files of every artifact, so that what is counted of one can be told apart."""
+
+
+class Everywhere(Store):
+    """Holds the manifest of any artifact."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        files = {name: {"sha256": "", "size": size} for name, size in SIZES.items()}
+        content = {"format": manifest.FORMAT, "files": files}
+        content["digest"] = manifest._digest(content)
+        (folder / "manifest.json").write_text(json.dumps(content))
+
+    def notes(self, kind: str, fingerprint: str) -> Path:
+        return self._folder
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "carried"),
+    [
+        ("finetune", {}, 0),
+        ("merge-only", {}, 0),
+        ("connector-only", {}, 0),
+        ("pathweave", {}, 0),
+        ("lwf", {}, 0),
+        ("mera", {}, 3 * 100),  # a quarter of three modalities' features
+        ("replay", {}, 3 * 100),
+        ("joint", {}, 3 * 400),  # all of what is not the last one's
+        ("ewc", {}, 2_000_000),
+        ("o-lora", {}, 3 * 7_000),
+        ("der", {}, 3 * (100 + 60_000)),
+        ("mera+", {"distil.own": "answers"}, 3 * 3),
+        # the teachers of image and audio; video's is the model before
+        (
+            "mera+", {"distil.own": "answers", "distil.teacher": "first"},
+            3 * 3 + 2 * (1_000_000 + 10_000),
+        ),
+        ("ties", {"compose.growing": True}, 3 * 1_000_000),  # the old experts
+        ("route", {"compose.growing": True}, 0),  # old experts are of the model itself
+    ],
+)  # fmt: skip
+def test_what_learning_needs_of_earlier_stages(
+    method: str, changes: dict[str, object], carried: int, tmp_path: Path
+) -> None:
+    given = {"method": method, "replay.fraction": 0.25, **changes}
+    files = {name: dict.fromkeys(("train", "validation", "test"), "0") for name in NAMES}
+    plan = plan_run(load_recipe(TINY, given), files)
+    assert _bytes_carried(plan, Everywhere(tmp_path)) == carried
 
 
 def test_a_step_that_runs_share_counts_once() -> None:

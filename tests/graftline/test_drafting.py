@@ -10,12 +10,8 @@ from pydantic import BaseModel
 
 from graftline.drafting import ENCODERS, draft
 from graftline.problems import recipe_problems
-from graftline.recipe import (
-    ConnectorSettings,
-    Recipe,
-    RecipeError,
-    load_recipe,
-)
+from graftline.recipe import ConnectorSettings, Recipe
+from graftline.recipe_reading import RecipeError, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOLLM2 = "smollm2-135m-instruct"

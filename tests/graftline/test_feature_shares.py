@@ -13,7 +13,7 @@ from graftline.errors import GraftlineError
 from graftline.execution import execute
 from graftline.feature_steps import encode_share, publish_rows
 from graftline.plan import Step
-from graftline.recipe import load_recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
 from graftline.work import Machine

@@ -19,7 +19,8 @@ from graftline.forecast import (
 )
 from graftline.plan import Step
 from graftline.problems import recipe_problems
-from graftline.recipe import Recipe, load_recipe
+from graftline.recipe import Recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
 from graftline.weight_files import read_header

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from graftline.history import history_of
 from graftline.plan import Step
-from graftline.recipe import load_recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
 from tests.graftline.stored import publish_timed

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from graftline.recipe import Recipe, RecipeError, load_recipe, parse_override
+from graftline.recipe import Recipe
+from graftline.recipe_reading import RecipeError, load_recipe, parse_override
 
 PARAMS = Path(__file__).parents[2] / "params"
 
@@ -123,23 +124,43 @@ def test_a_source_is_checked_with_the_recipe(recipe_with) -> None:
 
 
 def test_what_was_chosen_for_a_method_holds_for_it_alone(recipe_with) -> None:
-    own = {"ewc": {"fine_tune": {"steps": 9}}, "joint": {"fine_tune": {"learning_rate": 1e-5}}}
+    own = {"ewc": {"fine_tune": {"steps": 9}}, "mera": {"fine_tune": {"learning_rate": 1e-5}}}
     path = recipe_with(methods=own)
     plain = load_recipe(PARAMS / "tiny.yaml").fine_tune
-    assert load_recipe(path).fine_tune == plain
-    assert load_recipe(path, {"method": "ewc"}).fine_tune == plain.model_copy(update={"steps": 9})
+    assert load_recipe(path, {"method": "lwf"}).fine_tune == plain
+    ewc = load_recipe(path, {"method": "ewc"})
+    assert ewc.fine_tune == plain.model_copy(update={"steps": 9})
+    assert (ewc.common().fine_tune, ewc.common().method) == (plain, "ewc")
     given = {"method": "ewc", "fine_tune.steps": 3}
     assert load_recipe(path, given).fine_tune.steps == 3, "what is given by hand wins"
-    given = {"method": "lwf", "methods.lwf.seed": 4}
-    assert load_recipe(path, given).seed == 4
+    assert load_recipe(path, given).common().fine_tune.steps == 3
+    for change in (
+        {"methods.lwf.replay.fraction": 0.5},
+        {"methods": {"lwf": {"replay": {"fraction": 0.5}}}},
+    ):
+        assert load_recipe(path, {"method": "lwf", **change}).replay.fraction == 0.5
     sent = load_recipe(path, {"method": "ewc"}).model_dump(mode="json")
     assert "methods" not in sent, "who gets a recipe as it was read does not apply them again"
+
+
+def test_the_default_method_has_settings_of_its_own_too(recipe_with) -> None:
+    path = recipe_with(methods={"mera": {"fine_tune": {"steps": 9}}})
+    content = yaml.safe_load(path.read_text())
+    del content["method"]
+    path.write_text(yaml.safe_dump(content))
+    assert load_recipe(path).fine_tune.steps == 9
+
+
+def test_a_method_s_settings_are_not_checked_against_what_is_given_for_another(recipe_with) -> None:
+    path = recipe_with(methods={"experts": {"fine_tune": {"steps": 9}}, "ewc": {}})
+    given = {"method": "mera", "evaluation.references": False, "fine_tune.mode": "lora"}
+    assert load_recipe(path, given).method == "mera"
 
 
 def test_problems_of_every_method_s_settings_are_listed_at_once(recipe_with) -> None:
     own = {
         "ewc": {"fine_tune": {"stepz": 9}},
-        "joint": {"name": "other"},
+        "joint": {"name": "other", "seed": 4},
         "lwf": {"fine_tune": {"steps": 0}},
         "mira": {},
     }
@@ -149,7 +170,7 @@ def test_problems_of_every_method_s_settings_are_listed_at_once(recipe_with) -> 
     assert "4 problem(s)" in message, message
     for words in (
         "methods.ewc: fine_tune.stepz: unknown key; did you mean 'steps'",
-        "methods.joint: name: not a method's to set",
+        "methods.joint: name, seed: not a method's to set (align, fine_tune,",
         "methods.lwf: fine_tune.steps: ",
         "'mira' is not one of",
     ):

@@ -25,7 +25,7 @@ from graftline.model.loading import assemble, new_connector
 from graftline.model.multimodal import collate
 from graftline.model.prompts import MediaSlot
 from graftline.plan import Reference, Step
-from graftline.recipe import load_recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
 from graftline.team import Team, joined

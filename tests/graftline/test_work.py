@@ -14,7 +14,7 @@ from graftline import execution, realign_steps
 from graftline.data.examples import ROWS
 from graftline.errors import GraftlineError
 from graftline.execution import RUNNERS
-from graftline.recipe import load_recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Artifact
 from graftline.work import Machine, Work, realign_settings

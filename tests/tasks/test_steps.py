@@ -11,7 +11,8 @@ import pytest
 from graftline.data.build import by_modality
 from graftline.durable import StoreUnwritable
 from graftline.errors import GraftlineError
-from graftline.recipe import ContinualName, load_recipe
+from graftline.recipe import ContinualName
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
 from tasks.data import inside_dvc

@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 
 from graftline.plan import Reference, Step
-from graftline.recipe import BeyondName, RecipeError
+from graftline.recipe import BeyondName
+from graftline.recipe_reading import RecipeError
 from graftline.run_plan import RunPlan
 from tests.graftline.methods.test_methods import kinds, plan
 

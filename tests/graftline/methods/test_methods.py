@@ -8,7 +8,7 @@ import pytest
 
 from graftline.merging.rules import UnknownRule
 from graftline.plan import Reference
-from graftline.recipe import load_recipe
+from graftline.recipe_reading import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 
 TINY = Path(__file__).parents[3] / "params" / "tiny.yaml"
@@ -214,3 +214,16 @@ def test_joint_is_trained_once_for_all_orders():
     first, second = (plan("joint", order=order) for order in orders)
     assert kinds(first, "fine-tune") == kinds(second, "fine-tune")
     assert kinds(first, "evaluate") == kinds(second, "evaluate")
+
+
+def test_a_method_s_own_settings_are_not_its_measure_s() -> None:
+    usual = plan("replay")
+    own = plan("replay", **{"methods.replay.fine_tune.learning_rate": 1e-5})
+    tuned = [step for step in own.steps.values() if step.kind == "guarded-fine-tune"]
+    assert {step.parameters["learning_rate"] for step in tuned} == {1e-5}
+    vanilla = [own.steps[stage.vanilla.backbone] for stage in own.stages if stage.vanilla]
+    assert {step.parameters["learning_rate"] for step in vanilla} == {3e-4}
+    experts = [
+        {score.reference for score in run.scores if score.point == "expert"} for run in (usual, own)
+    ]
+    assert experts[0] == experts[1] != set()

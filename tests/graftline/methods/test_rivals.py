@@ -10,7 +10,8 @@ import pytest
 
 from graftline.execution import execute
 from graftline.plan import Step
-from graftline.recipe import RIVALS, RecipeError, load_recipe
+from graftline.recipe import RIVALS
+from graftline.recipe_reading import RecipeError, load_recipe
 from graftline.run_plan import RunPlan
 from graftline.store import Store
 from graftline.work import Machine
