@@ -230,7 +230,7 @@ def _files_of(group: str, modality: str) -> str:
     if group in ("connector", "taught"):
         return f"connector-{modality}."
     named = ("subspace", "logits", "fisher", "statistics", "adapters")
-    return f"{group}." if group in named else "backbone/"
+    return group if group in named else "backbone/"
 
 
 def _model_before(plan: RunPlan) -> set[_Part]:
@@ -241,7 +241,7 @@ def _model_before(plan: RunPlan) -> set[_Part]:
     backbones = {before.backbone, *before.experts.values(), *([before.base] if before.base else [])}
     backbones |= {p for part in before.adapters.values() for p in plan.steps[part].parents.values()}
     connectors = {(part, f"connector-{name}.") for name, part in before.connectors.items()}
-    adapters = {(part, "adapters.") for part in before.adapters.values()}
+    adapters = {(part, "adapters") for part in before.adapters.values()}
     return {(part, "backbone/") for part in backbones} | connectors | adapters
 
 

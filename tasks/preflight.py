@@ -10,8 +10,9 @@ from graftline.durable import nearest, why_unwritable
 from graftline.errors import GraftlineError
 from graftline.execution import is_done
 from graftline.forecast import ENCODER_SHAPES, BackboneShape, backbone_shape
-from graftline.inference_costs import feature_bytes
+from graftline.inference_costs import feature_bytes, known_rows
 from graftline.model_settings import BackboneSource
+from graftline.plan import Step
 from graftline.recipe import Recipe
 from graftline.run_plan import RunPlan
 from graftline.store import Store
@@ -24,10 +25,11 @@ _BACKBONE_BYTES = {"smollm2-135m-instruct": 300_000_000, "tiny-random": 2_000_00
 _OTHER_BACKBONE_BYTES = 300_000_000
 _TRAINING_FACTOR = 7
 _SMALL_STEP_BYTES = 10_000_000
+_ANSWER_TOKENS = 8  # of a row, about
+_VOCABULARY = 50_000
 _STATE_BYTES = 12  # a trained weight's fp32 master and two moments
 _HOLDING_BACKBONES = (
     "backbone", "merge", "weighted-merge", "compose", "guarded-fine-tune", "fisher",
-    "logits",  # of kept rows' answers, a vocabulary wide: about as much
 )  # fmt: skip
 
 
@@ -77,7 +79,18 @@ def bytes_needed(plan: RunPlan, store: Store) -> int:
     features = [s for s in todo if s.kind == "features"]
     encoded = [feature_bytes(s, plan.recipe, ENCODER_SHAPES) or 0 for s in features]
     cached = sum(encoded) + max(encoded, default=0)  # shares stay until they are published
-    return written * size + checkpoints + cached + (len(todo) - len(heavy)) * _SMALL_STEP_BYTES
+    recorded = sum(_logits_bytes(step, plan.recipe) for step in todo if step.kind == "logits")
+    small = (len(todo) - len(heavy)) * _SMALL_STEP_BYTES
+    return written * size + checkpoints + cached + recorded + small
+
+
+def _logits_bytes(step: Step, recipe: Recipe) -> int:
+    """What is recorded of a modality's kept rows, a vocabulary wide for each token of an answer."""
+    rows = known_rows(recipe, str(step.parameters["modality"])).get("train", 0)
+    size = recipe.backbone.size
+    words = size.vocab_size if size is not None else _VOCABULARY
+    kept = rows * float(step.parameters["fraction"]) * _ANSWER_TOKENS
+    return round(kept * words * DTYPES[recipe.precision].itemsize)
 
 
 def _sizes(plan: RunPlan, store: Store) -> tuple[int, int]:

@@ -24,9 +24,10 @@ from graftline.model.multimodal import Batch, collate
 from graftline.progress import track
 from graftline.training.distillation import answer_logits
 
-LOGITS = "logits.safetensors"
-"""`logits`: (answer tokens of all rows, vocabulary); `rows`: int64 (rows,), their numbers;
-`starts`: int64 (rows + 1,), where each row's tokens begin."""
+FILES = "logits-*.safetensors"
+"""Each of some rows: `logits`: (answer tokens of these rows, vocabulary); `rows`: int64 (rows,),
+their numbers; `starts`: int64 (rows + 1,), where each row's tokens begin."""
+_ROWS = 64  # of a file: what is recorded is written before it fills the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,19 +128,25 @@ class RecordedLogits:
 
     Args:
         folder: where it is.
+
+    Attributes:
+        rows: numbers of the rows, ascending.
     """
 
     def __init__(self, folder: Path) -> None:
-        file: Any = safe_open(folder / LOGITS, framework="pt")
-        self.rows: list[int] = file.get_tensor("rows").tolist()
-        spans = pairwise(file.get_tensor("starts").tolist())
-        self._spans = dict(zip(self.rows, spans, strict=True))
-        self._logits = file.get_slice("logits")
+        self._places: dict[int, tuple[Any, int, int]] = {}
+        for path in sorted(folder.glob(FILES)):
+            file: Any = safe_open(path, framework="pt")
+            spans = pairwise(file.get_tensor("starts").tolist())
+            logits = file.get_slice("logits")
+            for row, (start, stop) in zip(file.get_tensor("rows").tolist(), spans, strict=True):
+                self._places[row] = (logits, start, stop)
+        self.rows = list(self._places)
 
     def __getitem__(self, row: int) -> Tensor:
         """(answer tokens of the row, vocabulary), in the dtype that the model computed."""
-        start, stop = self._spans[row]
-        found: Tensor = self._logits[start:stop]
+        logits, start, stop = self._places[row]
+        found: Tensor = logits[start:stop]
         return found
 
 
@@ -159,21 +166,26 @@ def record_logits(
         examples: of one modality.
         rows: ascending numbers of those that are kept.
         batch_size: examples a pass.
-        out: folder for `logits.safetensors`.
+        out: folder for `logits-<n>.safetensors`.
         title: of the progress bar.
     """
-    device = next(loaded.model.parameters()).device
-    dtype = next(loaded.model.backbone.parameters()).dtype
-    said: list[Tensor] = []
     with track(title, len(rows)) as advance:
-        for start in range(0, len(rows), batch_size):
-            some = rows[start : start + batch_size]
-            prompts = [examples.prompt(row, True) for row in some]
-            media = [[examples.features[row]] for row in some]
-            batch = collate(prompts, media, examples.pad_id).to(device)
-            said.append(answer_logits(loaded.model, batch).to("cpu", dtype))
-            advance(rounds=len(some))
-    lengths = [len(examples.prompt(row, True).answer_ids) for row in rows]
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    kept = {"logits": torch.cat(said), "rows": torch.tensor(rows), "starts": starts}
-    save_file(kept, out / LOGITS)
+        for number, first in enumerate(range(0, len(rows), _ROWS)):
+            some = rows[first : first + _ROWS]
+            said = []
+            for start in range(0, len(some), batch_size):
+                said.append(_said(loaded, examples, some[start : start + batch_size]))
+                advance(rounds=len(some[start : start + batch_size]))
+            lengths = [len(examples.prompt(row, True).answer_ids) for row in some]
+            starts = torch.tensor([0, *lengths]).cumsum(0)
+            kept = {"logits": torch.cat(said), "rows": torch.tensor(some), "starts": starts}
+            save_file(kept, out / FILES.replace("*", f"{number:05d}"))
+
+
+def _said(loaded: LoadedModel, examples: ExampleSet, rows: Sequence[int]) -> Tensor:
+    """Logits of some rows' answers, on the CPU and in the dtype of the backbone's weights."""
+    prompts = [examples.prompt(row, True) for row in rows]
+    media = [[examples.features[row]] for row in rows]
+    parameter = next(loaded.model.backbone.parameters())
+    batch = collate(prompts, media, examples.pad_id).to(parameter.device)
+    return answer_logits(loaded.model, batch).to("cpu", parameter.dtype)

@@ -20,7 +20,7 @@ SIZES = {
     **{f"connector-{name}.safetensors": 10_000 for name in NAMES},
     "train/features.safetensors": 400,
     "subspace.safetensors": 7_000,
-    "logits.safetensors": 60_000,
+    "logits-00000.safetensors": 60_000,
     "fisher.safetensors": 2_000_000,
     "statistics.safetensors": 3,
     "adapters.safetensors": 90_000,

@@ -21,7 +21,7 @@ from graftline.model.loading import (
     save_connector,
 )
 from graftline.recipe import LoraSettings, PhaseSettings
-from graftline.training import guarded, phases
+from graftline.training import guarded, memory, phases
 from graftline.training.distillation import answer_logits
 from graftline.training.elastic import save_fisher, weighed_parameters
 from graftline.training.guarded import GuardCall, guarded_fine_tune
@@ -170,6 +170,7 @@ def told(tiny_folder: Path, features_folder: Path, connectors, tmp_path: Path):
 
 
 def test_der_shows_as_many_kept_rows_with_what_was_said_of_them(train, told, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "_ROWS", 7)  # so that they lie in two files
     seen: list[TrainingSet] = []
     original = phases.run_phase
     monkeypatch.setattr(
@@ -181,6 +182,7 @@ def test_der_shows_as_many_kept_rows_with_what_was_said_of_them(train, told, mon
         GuardCall("der", {"alpha": 0.1, "beta": 0.5}, fraction=0.25, logits={OLD: folder}),
         (NEW, OLD),
     )
+    assert len(list(folder.glob(memory.FILES))) == 2
     rows = seen[0]
     assert isinstance(rows, RowsBesideMemory)
     assert sorted(row for _, row in rows.memory.places) == kept
@@ -207,8 +209,8 @@ def test_der_keeps_what_was_said_when_a_row_was_learned(
         pair = (record, read_connector(out, record))
         loaded = assemble(load_backbone(out / "backbone", torch.float32, "eager"), [pair], "")
         rows = ExampleSet(features_folder, OLD, "train", loaded.prompts)
-        memory = RecordedRows([rows], 12, 0, [recorded]).batch(0)
-        apart[alpha] = (answer_logits(loaded.model, memory) - memory.told).square().mean().item()
+        shown = RecordedRows([rows], 12, 0, [recorded]).batch(0)
+        apart[alpha] = (answer_logits(loaded.model, shown) - shown.told).square().mean().item()
     assert apart[3000.0] < 0.5 * apart[0.0]
 
 
