@@ -30,6 +30,7 @@ SETTINGS: Mapping[str, Any] = {
         "batch_size": 16,
         "learning_rate": 3e-4,
         "connector_learning_rate": 1e-4,
+        "checkpoint_every": 20,
     },
     "realign": {"steps": 80, "batch_size": 8, "learning_rate": 3e-4},
     "replay": {"fraction": 0.1},

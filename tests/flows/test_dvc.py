@@ -72,6 +72,7 @@ def test_every_parameter_that_dvc_watches_is_in_the_recipe() -> None:
         for watched in stage["params"]:
             for file, keys in watched.items():
                 assert set(keys) <= set(yaml.safe_load((ROOT / file).read_text())), file
+                assert "methods" in keys, f"{file}: what was chosen for one method is a parameter"
 
 
 def test_repro_metrics_plots_and_experiments(copy):
