@@ -30,7 +30,7 @@ from tasks.records import RunRecord, recorded_run
 from tasks.references import DataVersion, Place
 from tasks.report import record_stage, register_model, write_run_report
 from tasks.stale import close_dead_runs, close_lost_runs, close_own_run
-from tasks.steps import by_stage, note_reused, scores_of_stage, unfinished
+from tasks.steps import by_stage, note_done, note_reused, scores_of_stage, unfinished
 from tasks.tracking import tag_run, tracked_run
 
 
@@ -138,17 +138,25 @@ def carry_out_run(
         record.note(mlflow_uri=tracked.uri, mlflow_run=tracked.run_id)
         place = Place(recipe.store, Machine.of(recipe), tracked)
         computed = [*beside, *unfinished(plan, open_store(recipe.store))]
-        model_id = carry_out_stages(plan, place, data)
+        model_id = carry_out_stages(plan, place, data, beside)
         window = Window(started, ended or time.time())
         write_run_report(plan, place, data, folder, window, computed)
         finish(place, model_id)
         tag_run(tracked, {"report": str(folder)})
 
 
-def carry_out_stages(plan: RunPlan, place: Place, data: DataVersion) -> str | None:
+def carry_out_stages(
+    plan: RunPlan, place: Place, data: DataVersion, beside: Collection[Step] = ()
+) -> str | None:
     """Carries out every step, the stages' before the experts', and records each stage's scores.
 
     What is finished is no task run: it is noted in MLflow at once, and takes no slot.
+
+    Args:
+        plan: the run.
+        place: where.
+        data: the data's version.
+        beside: steps that were computed for it and others just before.
 
     Returns:
         The id in MLflow of the last stage's model.
@@ -157,10 +165,11 @@ def carry_out_stages(plan: RunPlan, place: Place, data: DataVersion) -> str | No
     recipes: dict[Hashable, Recipe] = {}
     records: list[str] = []
     store, reused = open_store(place.store), set()
+    fresh = {step.reference for step in beside}
     for stage, steps in by_stage(plan):
         for step in steps:
             if is_done(step, store):
-                note_reused(step, place)
+                (note_done if step.reference in fresh else note_reused)(step, place)
                 reused.add(step.reference)
                 continue
             parents = tuple(p for p in step.parents.values() if p not in reused)

@@ -88,7 +88,7 @@ def note_reused(step: Step, place: Place) -> None:
 
 
 def note_done(step: Step, place: Place) -> None:
-    """Records a step that another process carried out for this run."""
+    """Records a step that was carried out for this run elsewhere, or just before it."""
     _note(step, place, reused=False)
 
 

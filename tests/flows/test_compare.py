@@ -48,6 +48,12 @@ def test_methods_are_compared_and_nothing_is_computed_twice(copy):
             if method == "mera":  # whose steps were not there
                 assert metrics["idle_seconds"] < metrics["wall_seconds"]
             assert metrics["training_seconds"] < metrics["computing_seconds"]
+    # what is reused was computed for some run, which says so
+    notes = {
+        str(value) for (value,) in copy.mlflow("select value from tags where key like 'artifact.%'")
+    }
+    computed = {note for note in notes if not note.endswith(" (reused)")}
+    assert {note.removesuffix(" (reused)") for note in notes} == computed
     # a run is reported while later ones still compute
     first = copy.folder / "reports/tiny/mera/order-image-audio/seed-0/metrics.json"
     last = max(file.stat().st_mtime for file in copy.folder.glob("artifacts/*/*/manifest.json"))
