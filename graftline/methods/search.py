@@ -55,8 +55,8 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
         "ewc": _each("rivals.ewc.strength", 1e-4, 1e-3, 0.1, 1.0, 10.0),
         "lwf": _each("rivals.lwf.strength", 0.1, 0.3, 3.0, 10.0, 30.0),
         "der": (
-            {}, {"rivals.der.alpha": 1.0}, {"rivals.der.alpha": 10.0}, {"rivals.der.alpha": 100.0},
-            {"rivals.der.beta": 1.0}, {"rivals.der.alpha": 10.0, "rivals.der.beta": 1.0},
+            {}, {"rivals.der.alpha": 0.01}, {"rivals.der.alpha": 0.03}, {"rivals.der.alpha": 1.0},
+            {"rivals.der.beta": 1.0}, {"rivals.der.alpha": 0.03, "rivals.der.beta": 1.0},
         ),
         "o-lora": (
             {}, {"rivals.o_lora.strength": 0.05}, {"rivals.o_lora.strength": 5.0},
