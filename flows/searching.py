@@ -13,7 +13,7 @@ import yaml
 from flows.running import run_several
 from graftline.methods.search import Search, Trial, best_of, search_of, write_trials
 from graftline.recipe import Recipe
-from graftline.recipe_reading import load_recipe
+from graftline.recipe_reading import load_recipe, set_dotted
 from graftline.run_plan import plan_run
 from graftline.stores import open_store
 from tasks.outputs import search_file
@@ -137,11 +137,7 @@ def _as_recipe(content: Mapping[str, Any]) -> str:
         return "the defaults"
     nested: dict[str, Any] = {}
     for key, value in chosen.items():
-        *groups, last = key.split(".")
-        part = nested
-        for group in groups:
-            part = part.setdefault(group, {})
-        part[last] = value
+        set_dotted(nested, key, value)
     return _flow({"methods": {method: nested}})
 
 

@@ -128,8 +128,8 @@ class Planner:
 
     def common(self) -> Self:
         """The same plan, by what all methods of the recipe share: for what gains compare with."""
-        own = type(self)(self.recipe.common(), self.data_files)
-        own.steps = self.steps
+        own = self.beside(self)
+        own.recipe = self.recipe.common()
         return own
 
     def backbone(self) -> Reference:

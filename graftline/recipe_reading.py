@@ -42,16 +42,19 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) ->
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values.")
     given = dict(overrides or {})
     for key in [key for key in given if key.partition(".")[0] == "methods"]:
-        _set_dotted(content, key, given.pop(key))
+        set_dotted(content, key, given.pop(key))
     method = given.get("method") or content.get("method") or Recipe.model_fields["method"].default
     problems = _own_problems(content)
     try:
-        recipe = _checked(content, _own_settings(content).get(str(method), {}), given)
+        own = _own_settings(content).get(str(method), {})
+        recipe = _checked(content, own, given)
     except _Problems as error:
         problems = list(dict.fromkeys([*error.lines, *problems]))
     if problems:
         lines = "\n".join(f"  - {line}" for line in problems)
         raise RecipeError(f"{path}: {len(problems)} problem(s):\n{lines}")
+    if not own:
+        return recipe
     common = _checked(content, {}, {**given, "method": "finetune"})  # which fits every recipe
     return recipe.beside(common)
 
@@ -66,6 +69,8 @@ class _Problems(Exception):
 
 def _own_problems(content: Mapping[str, Any]) -> list[str]:
     """What is wrong with any method's own settings, beyond what is wrong with the file itself."""
+    if not _own_settings(content):
+        return []
     try:
         _checked(content, {}, {})
         known: Sequence[str] = ()
@@ -92,7 +97,7 @@ def _checked(
     """A file's content, a method's own settings over it, and the overrides over both."""
     merged = _laid_over(content, own)
     for key, value in overrides.items():
-        _set_dotted(merged, key, value)
+        set_dotted(merged, key, value)
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
@@ -134,7 +139,12 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise RecipeError(f"--set {text!r}: the value is not YAML: {error}") from error
 
 
-def _set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
+def set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
+    """Sets the value of a dotted key in nested groups, which are made where they are missing.
+
+    Raises:
+        RecipeError: a group on the way is a value.
+    """
     *parents, last = key.split(".")
     for name in parents:
         inner = content.setdefault(name, {})
