@@ -32,7 +32,7 @@ def _parts(part: type[BaseModel]) -> list[type[BaseModel]]:
 def test_with_all_modalities_it_is_the_starter(tmp_path):
     found = _loaded(tmp_path, draft("starter", "mera", list(ENCODERS), SMOLLM2))
     starter = load_recipe(ROOT / "params/starter.yaml")
-    for name in ("compose", "distil", "mera_plus"):
+    for name in ("compose", "distil", "mera_plus", "rivals", "methods"):
         own = Recipe.model_fields[name].get_default(call_default_factory=True)
         assert getattr(found, name) == own, "what was searched on the starter's data is its own"
         found = found.model_copy(update={name: getattr(starter, name)})
