@@ -24,11 +24,11 @@ from graftline.evaluation.comparison import ComparedMethod, Order
 from graftline.evaluation.style import (
     COLOURS,
     INK,
-    MARKERS,
     MUTED,
     RULE,
     STYLE,
     label_ends,
+    look,
     open_frame,
     save,
     words,
@@ -212,13 +212,13 @@ def _figure(width: float, height: float) -> Figure:
 def _draw_stages(axes: Axes, method: ComparedMethod) -> None:
     order, ends = method.orders[0], list[tuple[float, str, str]]()
     for number, modality in enumerate(order):
-        colour = COLOURS[number % len(COLOURS)]
+        colour, marker = look(number)
         stages = [stage for stage in sorted(method.stages) if modality in method.stages[stage]]
         spread = [method.stages[stage][modality] for stage in stages]
         means = [mean for mean, _, _ in spread]
         axes.vlines(stages, [low for _, low, _ in spread], [high for _, _, high in spread],
                     color=colour, lw=1.0, alpha=0.6)  # fmt: skip
-        axes.plot(stages, means, color=colour, marker=MARKERS[number % len(MARKERS)], ms=4, lw=1.5)
+        axes.plot(stages, means, color=colour, marker=marker, ms=4, lw=1.5)
         ends.append((means[-1], modality, colour))
     axes.set_ylim(0.0, 1.02)
     axes.set_xlim(0.8, len(order) + 0.15)
@@ -234,7 +234,7 @@ def _frontier(axes: Axes, methods: Sequence[ComparedMethod]) -> None:
     bars: list[list[list[float]]] = []
     for number, method in enumerate(methods):
         brg, frg = method.intervals["brg"], method.intervals["frg_mean"]
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        colour, marker = look(number)
         assert brg.estimate is not None
         assert frg.estimate is not None
         axes.errorbar(

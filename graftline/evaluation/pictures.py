@@ -23,12 +23,11 @@ from graftline.evaluation import EvaluationError
 from graftline.evaluation.bootstrap import Interval
 from graftline.evaluation.gains import ModalityScores, StageScores
 from graftline.evaluation.style import (
-    COLOURS,
     INK,
-    MARKERS,
     MUTED,
     STYLE,
     label_ends,
+    look,
     open_frame,
     save,
     words,
@@ -126,7 +125,7 @@ def scores_over_stages(
     ends: list[tuple[float, str, str]] = []
     seen: list[float] = []
     for index, modality in enumerate(order):
-        colour = COLOURS[index % len(COLOURS)]
+        colour, _ = look(index)
         stages = [i for i in range(1, count + 1) if modality in scores.get(i, {})]
         values = [scores[i][modality] for i in stages]
         references = [known.get(modality) if known else None for known in (vanilla, experts)]
@@ -168,8 +167,7 @@ def retention_against_storage(
         raise EvaluationError("no method has both a retention and a size: nothing to draw")
     figure, axes = _figure(5.6)
     for number, (name, bits, retention) in enumerate(sorted(points, key=_retained, reverse=True)):
-        turn, place = divmod(number, len(COLOURS))  # no two share colour and marker
-        colour, marker = COLOURS[place], MARKERS[(place + turn) % len(MARKERS)]
+        colour, marker = look(number)
         value = retention.estimate or 0.0
         known = retention.low is not None and retention.high is not None
         spread = [[value - (retention.low or 0.0)], [(retention.high or 0.0) - value]]
@@ -237,7 +235,7 @@ def _line(
     count: int,
 ) -> None:
     """One modality's line, its vanilla score as a hollow marker, its expert's as a dashed line."""
-    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    colour, marker = look(index)
     vanilla, expert = references
     if expert is not None:
         span = [index + 1 - 0.12, count + 0.12]

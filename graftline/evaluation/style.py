@@ -21,6 +21,12 @@ INK, MUTED, RULE = "#222222", "#666666", "#d0d0d0"
 STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 12, "text.usetex": False}
 
 
+def look(number: int) -> tuple[str, str]:
+    """Colour and marker of a picture's number-th thing: no two of the first 49 share both."""
+    turn, place = divmod(number, len(COLOURS))
+    return COLOURS[place], MARKERS[(place + turn) % len(MARKERS)]
+
+
 def words(modality: str) -> str:
     """A modality's name as people write it."""
     return modality.replace("_", " ")

@@ -28,6 +28,7 @@ from graftline.evaluation.report import (
     split_scores,
     write_report,
 )
+from graftline.evaluation.style import look
 from graftline.evaluation.table import csv_table, label_of, markdown_table, summarise_runs
 
 ORDER = ("image", "audio", "point_cloud")
@@ -245,3 +246,10 @@ def test_pictures_are_deterministic_and_leave_no_state(tmp_path: Path) -> None:
         with pytest.raises(EvaluationError, match="empty"):
             draw(b, [], {})
     assert dict(matplotlib.rcParams) == before
+
+
+def test_no_two_of_forty_nine_look_the_same():
+    """A comparison has more methods than there are colours that everybody can tell apart."""
+    assert len({look(number) for number in range(49)}) == 49
+    colours, markers = zip(*(look(number) for number in range(7)), strict=True)
+    assert len(set(colours)) == len(set(markers)) == 7  # colour is never the only difference
