@@ -85,9 +85,10 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
 RATED = ("finetune", *RIVALS, "connector-only", "joint")
 """Methods whose learning rate and length can be searched."""
 _RATES = ((1.0, 1), (1 / 3, 1), (3.0, 1), (1.0, 2), (1 / 3, 2), (3.0, 2))
-_CONNECTOR_RATES = ((1.0, 1), (3.0, 1), (10.0, 1), (30.0, 1), (10.0, 2), (30.0, 2))
-"""Factors of the recipe's learning rate and `fine_tune.steps`; a connector that learns alone takes
-higher rates than one beside the LLM, whose rate the recipe's is."""
+_CONNECTOR_RATES = ((1.0, 1), (10.0, 1), (10.0, 2), (30.0, 2), (10.0, 4), (30.0, 4))
+"""Factors of the recipe's learning rate and `fine_tune.steps`. A connector that learns alone takes
+higher rates than one beside the LLM, whose rate the recipe's is, and more steps: on the starter
+four times as many cost what MERA's fine-tuning and realigning do."""
 JudgedBy = Literal["final", "when learned"]
 
 

@@ -77,7 +77,8 @@ def test_rates_are_tried_around_the_recipe_s_and_judged_by_what_is_kept(method: 
     assert len({repr(each) for each in found}) == len(found) == BUDGET
     if method == "connector-only":
         assert {each.learning_rate for each in found} == {3e-4}
-        assert {each.connector_learning_rate for each in found} == {5e-4, 1.5e-3, 5e-3, 1.5e-2}
+        assert {each.connector_learning_rate for each in found} == {5e-4, 5e-3, 1.5e-2}
+        assert {each.steps for each in found} == {6, 12, 24}
     else:
         assert {(each.learning_rate, each.steps) for each in found} == {
             (rate, steps) for rate in (1e-4, 3e-4, 9e-4) for steps in (6, 12)
