@@ -1,4 +1,4 @@
-"""One modality after another, for methods that fine-tune against forgetting."""
+"""One modality after another, for methods that do without merging."""
 
 from __future__ import annotations
 

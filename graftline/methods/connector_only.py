@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from graftline.methods import Stage, start
-from graftline.plan import Planner
+from graftline.guard_plan import GuardPlanner
+from graftline.methods import Stage
+from graftline.methods.chain import chain
+from graftline.plan import Model, Planner
 
 
 def connector_only(planner: Planner, order: Sequence[str]) -> list[Stage]:
     """Align, then go on with the connector for as many steps as others fine-tune."""
-    model, stages = start(planner), []
-    for index, modality in enumerate(order, start=1):
-        connector = planner.align(model.backbone, modality, index)
-        aligned = model.with_connector(modality, connector)
-        model = planner.fine_tune(aligned, (modality,), index, mode="connector")
-        stages.append(Stage(index, modality, final=model))
-    return stages
+    return chain(planner, order, _learn)
+
+
+def _learn(planner: GuardPlanner, aligned: Model, modality: str, stages: Sequence[Stage]) -> Model:
+    return planner.fine_tune(aligned, (modality,), len(stages) + 1, mode="connector")

@@ -87,6 +87,16 @@ def test_vanilla_starts_from_the_model_before_and_the_merge_comes_after() -> Non
             assert f"features.{modality}" in realign.parents
 
 
+def test_connectors_alone_are_held_against_fine_tuning_which_the_experts_were() -> None:
+    """So their FRG costs no step: the LLM that they leave is the base's at every stage."""
+    run = plan("connector-only")
+    vanilla = {stage.vanilla.backbone for stage in run.stages if stage.vanilla is not None}
+    assert len(vanilla) == 4
+    assert vanilla == kinds(plan("experts"), "fine-tune")
+    points = {score.point for score in run.scores}
+    assert points == {"vanilla", "final", "expert"}
+
+
 def test_methods_share_what_they_have_in_common() -> None:
     mera, finetune = plan("mera"), plan("finetune")
     shared = kinds(mera, "fine-tune") & kinds(finetune, "fine-tune")
