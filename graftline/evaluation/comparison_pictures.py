@@ -17,7 +17,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
 from graftline.evaluation.bootstrap import Interval
 from graftline.evaluation.comparison import ComparedMethod, Order
@@ -45,11 +44,7 @@ VARIABLES: Mapping[str, str] = {
 _SMALL: dict[Any, Any] = {**STYLE, "font.size": 8, "svg.fonttype": "none"}
 _POINTS_PER_INCH = 72
 _COLUMNS = 3
-_PLACES = [
-    (x * far, y * far)
-    for far in (1.0, 1.8, 2.8, 4.0)
-    for x, y in ((5, 5), (-5, 5), (5, -5), (-5, -5), (8, 0), (-8, 0), (0, 9), (0, -9))
-]  # of a label from its point, in points
+_LEGEND_COLUMNS = 2
 
 
 @dataclass(frozen=True)
@@ -104,9 +99,8 @@ def frontier_panel(methods: Sequence[ComparedMethod]) -> Panel | None:
         f"FRG {method.intervals['frg_mean'].estimate:.1f}"
         for method in both
     )
-    return Panel(
-        "frontier", "BRG against FRG", text, lambda axes: _frontier(axes, both), (4.2, 3.8)
-    )
+    inches = (4.2, 3.5 + 0.17 * -(-len(both) // _LEGEND_COLUMNS))
+    return Panel("frontier", "BRG against FRG", text, lambda axes: _frontier(axes, both), inches)
 
 
 def order_panels(methods: Sequence[ComparedMethod]) -> list[Panel]:
@@ -230,8 +224,6 @@ def _draw_stages(axes: Axes, method: ComparedMethod) -> None:
 
 
 def _frontier(axes: Axes, methods: Sequence[ComparedMethod]) -> None:
-    points: list[tuple[float, float, str, str]] = []
-    bars: list[list[list[float]]] = []
     for number, method in enumerate(methods):
         brg, frg = method.intervals["brg"], method.intervals["frg_mean"]
         colour, marker = look(number)
@@ -239,65 +231,20 @@ def _frontier(axes: Axes, methods: Sequence[ComparedMethod]) -> None:
         assert frg.estimate is not None
         axes.errorbar(
             [frg.estimate], [brg.estimate], xerr=_error(frg), yerr=_error(brg), color=colour,
-            marker=marker, ms=5, lw=1.0, capsize=2, ls="none", zorder=3,
+            marker=marker, ms=5, lw=1.0, capsize=2, ls="none", zorder=3, label=method.label,
         )  # fmt: skip
-        points.append((frg.estimate, brg.estimate, method.label, colour))
-        across, up = _ends(frg), _ends(brg)
-        bars.append([[min(across), brg.estimate], [max(across), brg.estimate]])
-        bars.append([[frg.estimate, min(up)], [frg.estimate, max(up)]])
     axes.axhline(100.0, color=MUTED, lw=0.8, ls=(0, (4, 3)), zorder=1)
     axes.axvline(100.0, color=MUTED, lw=0.8, ls=(0, (4, 3)), zorder=1)
-    axes.margins(0.16)
+    axes.margins(0.06)
     axes.set_xlabel("FRG in % (learning the new)", color=MUTED)
     axes.set_ylabel("BRG in % (keeping the old)", color=MUTED)
     open_frame(axes)
     axes.grid(axis="x", color=RULE, lw=0.8)
-    _label_points(axes, points, bars)
-
-
-def _label_points(
-    axes: Axes, points: Sequence[tuple[float, float, str, str]], bars: Sequence[list[list[float]]]
-) -> None:
-    """Writes each name near its point, where it covers no bar and no other name."""
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
-    figure.draw_without_rendering()  # places the axes
-    canvas: Any = figure.canvas
-    renderer, inside = canvas.get_renderer(), axes.get_window_extent()
-    taken = [Bbox(axes.transData.transform(bar)).padded(4) for bar in bars]
-    for x, y, name, colour in points:
-        best: tuple[float, tuple[float, float]] | None = None
-        for place in _PLACES:
-            label = _label(axes, x, y, name, colour, place)
-            box = label.get_window_extent(renderer)
-            label.remove()
-            outside = 0.0 if inside.x0 <= box.x0 and box.x1 <= inside.x1 else 1e6
-            cost = outside + sum(_overlap(box, other) for other in taken)
-            if best is None or cost < best[0]:
-                best = (cost, place)
-            if cost == 0.0:
-                break
-        assert best is not None
-        taken.append(_label(axes, x, y, name, colour, best[1]).get_window_extent(renderer))
-
-
-def _label(
-    axes: Axes, x: float, y: float, name: str, colour: str, place: tuple[float, float]
-) -> Any:
-    right, up = place
-    sides = {1: "left", -1: "right", 0: "center"}
-    heights = {1: "bottom", -1: "top", 0: "center"}
-    far = max(abs(right), abs(up)) > 10
-    line = {"arrowstyle": "-", "color": colour, "lw": 0.6} if far else None
-    return axes.annotate(
-        name, (x, y), place, textcoords="offset points", color=colour, size=8, zorder=4,
-        ha=sides[(right > 0) - (right < 0)], va=heights[(up > 0) - (up < 0)], arrowprops=line,
+    # The best lie close together: names beside the points would cover them.
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(0.0, -0.15), ncols=_LEGEND_COLUMNS, frameon=False,
+        fontsize=8, handlelength=1.0, labelcolor="linecolor", borderaxespad=0.0,
     )  # fmt: skip
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    both = Bbox.intersection(one, other)
-    return 0.0 if both is None else float(both.width * both.height)
 
 
 def _orders(
