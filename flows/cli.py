@@ -141,7 +141,7 @@ def search(
         list[str] | None,
         typer.Option(
             help="A merge rule, finetune, mera, mera+, or a method against forgetting; all rules "
-            "that have parameters if left out."
+            "that have parameters if left out, with --rates all methods that fine-tune."
         ),
     ] = None,
     rates: Annotated[
@@ -163,14 +163,14 @@ def search(
     overrides = overrides_of(None, seed, settings)
     checked(recipe, overrides)
     from flows import searching
-    from graftline.methods.search import CANDIDATES
+    from graftline.methods.search import CANDIDATES, RATED
 
-    path, rules = str(recipe), rule or list(CANDIDATES)
+    path, rules = str(recipe), rule or list(RATED if rates else CANDIDATES)
     trials = searching.trials_of(path, rules, overrides, rates=rates)
     if budget:
         known = searching.budget(path, trials)
         if known is None:
-            raise no_data(trials.recipe)
+            raise no_data(trials.recipe, recipe)
         out.print(known, markup=False, highlight=False, soft_wrap=True)
         return
     for file in searching.search(path, trials, console):

@@ -74,7 +74,7 @@ def compare(
     if budget:
         text = _budget(recipe, chosen, wanted, overrides, trust_reports)
         if text is None:
-            raise no_data(chosen)
+            raise no_data(chosen, recipe)
         out.print(text, markup=False, highlight=False, soft_wrap=True)
         return
     from flows.running import run_comparison

@@ -6,8 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.options import Method, RecipePath, Seed, Settings, checked, console, out, overrides_of
-from graftline.errors import GraftlineError
+from flows.options import (
+    Method,
+    RecipePath,
+    Seed,
+    Settings,
+    checked,
+    console,
+    no_data,
+    out,
+    overrides_of,
+)
 from tasks.environment import prepare
 
 if TYPE_CHECKING:
@@ -36,12 +45,12 @@ def drift(
     from graftline.progress import shown
     from graftline.stores import open_store
     from graftline.work import Machine
-    from tasks.data import known_version
     from tasks.outputs import usual_order
+    from tasks.own_data import whole_data
 
-    version = known_version(chosen.data.folder)
+    version = whole_data(chosen)
     if version is None:
-        raise GraftlineError(f"{chosen.data.folder} holds no data; run the recipe first")
+        raise no_data(chosen, recipe)
     machine = Machine(Path(chosen.data.folder), chosen.execution.device)
     with shown(console):
         found = connector_drifts(chosen, version.files, open_store(chosen.store), machine, samples)

@@ -166,6 +166,7 @@ def _arguments(chain: Chain, recipe: Recipe, place: Place, data: DataVersion) ->
     return {
         "chain": chain,
         "recipe": recipe.model_dump(mode="json"),
+        "common": recipe.common().model_dump(mode="json"),
         "data_files": {name: dict(files) for name, files in data.files.items()},
         "place": place,
     }

@@ -49,11 +49,17 @@ def overrides_of(
     return overrides
 
 
-def no_data(recipe: Recipe) -> GraftlineError:
+def no_data(recipe: Recipe, path: Path) -> GraftlineError:
     """Why nothing can be planned, and what to do."""
+    own = [name for name in recipe.order if recipe.modality(name).data is not None]
+    if own:
+        return GraftlineError(
+            f"{path}: rows of {', '.join(own)} are still to be imported, so nothing can be "
+            f"planned; run: graftline data import {path}"
+        )
     return GraftlineError(
-        f"{recipe.data.folder} holds no data yet, so nothing can be planned; run: "
-        "graftline data build"
+        f"{recipe.data.folder} does not hold all data of {path} yet, so nothing can be planned; "
+        "run: graftline data build"
     )
 
 

@@ -10,7 +10,7 @@ from prefect import flow
 
 from graftline.errors import GraftlineError
 from graftline.recipe import Recipe
-from graftline.run_plan import plan_run
+from graftline.run_plan import RunPlan, plan_run
 from graftline.stores import open_store
 from graftline.work import Machine
 from tasks.references import Place
@@ -20,6 +20,7 @@ from tasks.steps import TASKS, feature_share
 @flow(name="steps", persist_result=False, validate_parameters=False)
 def steps(
     recipe: Mapping[str, Any],
+    common: Mapping[str, Any],
     data_files: Mapping[str, Mapping[str, str]],
     references: Sequence[str],
     share: int = 0,
@@ -28,12 +29,13 @@ def steps(
 
     Args:
         recipe: the run's whole recipe, as plain data.
+        common: the same without its method's own settings, as all methods share it.
         data_files: modality, then split, then md5 of its file: with the recipe they make the plan.
         references: which steps, as `<kind>/<fingerprint>`, parents before children.
         share: of a step `features`, this share alone, from 1; 0: whole steps.
     """
-    chosen = Recipe.model_validate(recipe)
-    plan = plan_run(chosen, data_files)
+    plan = plan_of(recipe, common, data_files)
+    chosen = plan.recipe
     known = {f"{each.kind}/{each.fingerprint}": step for each, step in plan.steps.items()}
     missing = [name for name in references if name not in known]
     if missing:
@@ -50,3 +52,13 @@ def steps(
         return
     for name in references:
         TASKS[known[name].kind](known[name], place)
+
+
+def plan_of(
+    recipe: Mapping[str, Any],
+    common: Mapping[str, Any],
+    data_files: Mapping[str, Mapping[str, str]],
+) -> RunPlan:
+    """The plan of a run from what was sent of it; the arguments are those of `steps`."""
+    chosen = Recipe.model_validate(recipe).beside(Recipe.model_validate(common))
+    return plan_run(chosen, data_files)

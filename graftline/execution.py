@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from graftline.asking.parts import Parts, load_parts
-from graftline.data.examples import ExampleSet
+from graftline.data.examples import ROWS, ExampleSet
 from graftline.data.parts import SMOLLM2, fetch
 from graftline.errors import GraftlineError
 from graftline.evaluation.answering import answer_all, answer_batches
 from graftline.evaluation.joint import JointSet
 from graftline.evaluation.perplexity import text_perplexity
-from graftline.evaluation.scoring import score_rows
+from graftline.evaluation.scoring import QUESTION, score_rows
 from graftline.feature_steps import features, rows_of
 from graftline.guarded_steps import fisher, guarded_fine_tune, logits
 from graftline.merging.backbones import merge_backbones
@@ -236,7 +236,7 @@ def _evaluate(work: Work) -> None:
 def _evaluate_joint(work: Work) -> None:
     parameters = work.step.parameters
     loaded = _assembled(work)
-    joint = JointSet(work.role("features"), parameters["split"], loaded.prompts)
+    joint = JointSet(_with_questions(work), parameters["split"], loaded.prompts)
     answers = answer_batches(
         loaded,
         joint.batches(parameters["batch_size"]),
@@ -244,6 +244,18 @@ def _evaluate_joint(work: Work) -> None:
         label=work.step.title,
     )
     _write_answers(work.out, joint.ids, joint.tasks, answers, joint.answers)
+
+
+def _with_questions(work: Work) -> dict[str, Path]:
+    """Features of the modalities that have questions; of captions no conversation is made."""
+    import pyarrow.parquet as pq
+
+    rows, folders = Path(work.step.parameters["split"]) / ROWS, work.role("features")
+    return {
+        name: folder
+        for name, folder in folders.items()
+        if QUESTION in pq.read_table(folder / rows, columns=["task"])["task"].to_pylist()
+    }
 
 
 def _write_answers(

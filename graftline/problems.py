@@ -11,10 +11,13 @@ from graftline.data.rows import SPLITS
 from graftline.encoders import encoder_problem
 from graftline.errors import GraftlineError
 from graftline.merging.rules import RULES, parameters_for, rule_named
+from graftline.methods.mera import HALVES
 from graftline.model.own_backbone import backbone_problem
 from graftline.recipe import BeyondName, Recipe
 
 _MERGING = ("mera", "merge-only", *get_args(BeyondName))
+_REALIGNING = tuple(method for method, (_, realigns) in HALVES.items() if realigns)
+_INNER = ("mera+", "mera-corrected", "mera-distilled")
 
 
 def recipe_problems(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -39,7 +42,22 @@ def recipe_problems(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]])
                 f"order: {modality} has no data: {files} missing; put the rows there, rebuild the "
                 f"starter's with `graftline data build --force`, or take {modality} out of order"
             )
+    problems += _connector_problems(recipe)
     return [*problems, *_rule_problems(recipe), *_device_problems(recipe)]
+
+
+def _connector_problems(recipe: Recipe) -> list[str]:
+    """Resamplers where a method works on what the last layer of a connector reads as a vector."""
+    corrects = recipe.method in _REALIGNING and recipe.realign.start == "corrected"
+    if recipe.method not in _INNER and not corrects:
+        return []
+    cause = "realign.start: corrected" if corrects else f"method {recipe.method}"
+    return [
+        f"modalities.{name}.connector.kind: resampler: {cause} works on connectors with one last "
+        "layer over all tokens; take mlp or linear, or another method"
+        for name in recipe.order
+        if recipe.modality(name).connector.kind == "resampler"
+    ]
 
 
 def _rule_problems(recipe: Recipe) -> list[str]:

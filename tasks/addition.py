@@ -71,6 +71,7 @@ def _described(addition: Addition, data: DataVersion, parts: Parts) -> Descripti
         "data_md5": data.md5,
         "run_fingerprint": addition.plan.fingerprint,
         "encoders": describe_encoders(parts),
+        "kinds": dict(parts.kinds),
         "attention": parts.attention,
         "max_new_tokens": parts.max_new_tokens,
         "tested": addition.tested(data.files),

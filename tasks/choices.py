@@ -15,9 +15,9 @@ from graftline.recipe_reading import load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
 from graftline.stores import open_store
-from tasks.data import known_version
 from tasks.models import find_parts
 from tasks.outputs import finished_reports, read_object
+from tasks.own_data import whole_data
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def _of_recipe(path: Path, overrides: Mapping[str, Any]) -> list[Choice]:
     for metrics in reports:
         changes = {**overrides, **{key: metrics[key] for key in ("method", "seed", "order")}}
         recipe = load_recipe(path, changes)
-        data = known_version(recipe.data.folder)
-        if data is None or not set(recipe.order) <= data.files.keys():
+        data = whole_data(recipe)
+        if data is None:
             continue
         plan = plan_run(recipe, data.files)
         if plan.fingerprint != metrics.get("fingerprint"):

@@ -100,6 +100,7 @@ class Chain:
 def on_a_worker(
     chain: Chain,
     recipe: Mapping[str, Any],
+    common: Mapping[str, Any],
     data_files: Mapping[str, Mapping[str, str]],
     place: Place,
 ) -> None:
@@ -110,6 +111,7 @@ def on_a_worker(
     """
     parameters = {
         "recipe": recipe,
+        "common": common,
         "data_files": data_files,
         "references": [f"{step.kind}/{step.reference.fingerprint}" for step in chain.steps],
         "share": chain.share,

@@ -80,8 +80,14 @@ def with_own(recipe: Recipe, folder: DataVersion | None, own: Mapping[str, OwnRo
 
 
 def whole_data(recipe: Recipe) -> DataVersion | None:
-    """The version of a recipe's data if every modality's is there; nothing is imported or built."""
-    data, _ = known_data(recipe)
+    """The version of a recipe's data if every modality's is there; nothing is imported or built.
+
+    Raises:
+        GraftlineError: lists what is wrong with the recipe's own sources.
+    """
+    data, problems = known_data(recipe)
+    if problems:
+        raise GraftlineError("\n".join(problems))
     return data if data is not None and data.files.keys() >= set(recipe.order) else None
 
 

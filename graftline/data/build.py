@@ -47,10 +47,12 @@ def build(
         cache: Folder of cached parts.
 
     Raises:
-        GraftlineError: A part is missing or damaged, a size is wrong, or the disk refuses.
+        GraftlineError: A part is missing or damaged, a size is wrong, a file lies in the folder's
+            place, or the disk refuses.
     """
     wanted = DEFAULT_SIZES if sizes is None else sizes
     target = folder.absolute()
+    _refuse_file(target)
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,6 +136,12 @@ def _sync_folders(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _refuse_file(target: Path) -> None:
+    """What lies in the folder's place and is no folder is somebody's, and is kept."""
+    if target.exists() and not target.is_dir():
+        raise GraftlineError(f"{target} is a file, not a folder of data; name a folder")
 
 
 def _swap(temporary: Path, target: Path) -> None:

@@ -112,8 +112,10 @@ def checked(
             contact_sheet(out / f"{modality}.png", modality, kind, examples)
         else:
             sheet = None
-    except GraftlineError:  # of a row that is among the problems already
-        sheet = None
+    except (GraftlineError, OSError, ValueError):
+        if not problems:
+            raise
+        sheet = None  # what cannot be read is among the problems
     found = Checked(modality, kind, counts, rows, tuple(warnings), tuple(problems), sheet)
     atomic_write_text(out / f"{modality}.txt", found.text())
     return found
@@ -129,8 +131,8 @@ def _texts(folder: Path, modality: str) -> pd.DataFrame:
         except (OSError, ValueError):  # pyarrow's own errors are among these; named already
             continue
         rows += [
-            (split, str(row["task"]), list(row["answers"] or []), f"{path}, row {number}")
+            (split, str(row.get("task")), list(row["answers"]), f"{path}, row {number}")
             for number, row in enumerate(table)
-            if row["answers"]
+            if row.get("answers")
         ]
     return pd.DataFrame(rows, columns=["split", "task", "answers", "place"], dtype=object)

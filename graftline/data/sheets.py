@@ -65,7 +65,10 @@ def _first(path: Path, count: int) -> list[Example]:
     columns = ["id", "media", "question", "answers"]
     for batch in open_parquet(path).iter_batches(batch_size=16, columns=columns):
         for row in batch.to_pylist():
-            one = Example(row["id"], row["media"], row["question"], tuple(row["answers"]))
+            if not (row.get("media") and row.get("answers")):
+                continue  # `validate` names it
+            question = str(row.get("question") or "")
+            one = Example(str(row.get("id")), row["media"], question, tuple(row["answers"]))
             shown.setdefault(one.media, one)
             if len(shown) == count:
                 return list(shown.values())

@@ -32,7 +32,9 @@ _RESAMPLED, _PROJECTED = "layers", "group"
 def connector_parameters(settings: ConnectorSettings) -> dict[str, Any]:
     """What a plan records of a connector's kind and shape."""
     if settings.kind == "resampler":
-        code = source_digest("model/resampler.py", "model/connector_kinds.py")
+        code = source_digest(
+            "model/resampler.py", "model/connector_kinds.py", "training/resampling.py"
+        )
         return {**settings.model_dump(), "code": code}
     hidden = settings.hidden if settings.kind == "mlp" else 0
     return {"tokens": settings.tokens, "hidden": hidden}

@@ -102,8 +102,9 @@ def _fetch(name: str, revision: str, code: bool) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise GraftlineError(
             f"{name}@{revision[:12]}: cannot be fetched from the hub ({reason}). Check name, "
-            "commit and connection; a gated model needs your token (HF_TOKEN). Or "
-            "fetch it elsewhere and give the folder"
+            "commit and connection; nothing is fetched unless you allow it with "
+            "HF_HUB_OFFLINE=0 in front of the command; a gated model needs your token (HF_TOKEN). "
+            "Or fetch it elsewhere and give the folder"
         ) from error
 
 

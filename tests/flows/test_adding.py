@@ -46,6 +46,7 @@ def test_an_added_modality_is_what_the_run_made(used, three, tmp_path):
     wanted = find_parts(RECIPE, {})
     made = find_parts(str(tmp_path / "four"), {})
     assert list(made.connectors) == list(wanted.connectors)
+    assert made.kinds == wanted.kinds
     pairs = [(made.backbone / "model.safetensors", wanted.backbone / "model.safetensors")]
     for name in wanted.connectors:
         file = f"connector-{name}.safetensors"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 from flows.dispatch import HERE, sent_out, step_job
 from flows.slots import Job
+from flows.steps import plan_of
 from graftline.recipe_reading import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.work import Machine
@@ -22,8 +24,8 @@ PLACE = Place("s3://lab/artifacts", Machine(Path("data"), "cpu"))
 DATA = DataVersion("data", "0" * 32, FILES, "data.dvc")
 
 
-def _jobs(method: str) -> tuple[RunPlan, list[Job]]:
-    plan = plan_run(load_recipe(TINY, {"method": method}), FILES)
+def _jobs(method: str, recipe: Path = TINY) -> tuple[RunPlan, list[Job]]:
+    plan = plan_run(load_recipe(recipe, {"method": method}), FILES)
     jobs = [
         step_job(step, PLACE, tuple(step.parents.values()))
         for _, steps in by_stage(plan)
@@ -82,3 +84,18 @@ def test_features_go_out_in_shares_once_their_rows_are_in_the_store():
         assert {job.needs for job in shares} == {((step.reference, "rows"),)}
         assert [chain.steps for chain in (whole.arguments["chain"],)] == [(step,)]
         assert shares[1].arguments["chain"].title == f"{step.title}, share 2"
+
+
+def test_a_worker_makes_the_same_plan_where_a_method_has_settings_of_its_own(tmp_path: Path):
+    recipe = tmp_path / "own.yaml"
+    own = "methods:\n  replay: {fine_tune: {steps: 9}, align: {steps: 3}}"
+    recipe.write_text(TINY.read_text(encoding="utf-8").replace("methods: {}", own))
+    plan, jobs = _jobs("replay", recipe)
+    recipes = dict.fromkeys((job.name for job in jobs), plan.recipe)
+    chains = [j for j in sent_out(jobs, recipes, PLACE, DATA) if "chain" in j.arguments]
+    assert chains
+    for job in chains:
+        sent = json.loads(json.dumps({k: job.arguments[k] for k in ("recipe", "common")}))
+        there = plan_of(sent["recipe"], sent["common"], job.arguments["data_files"])
+        assert {step.reference for step in job.arguments["chain"].steps} <= there.steps.keys()
+        assert there.fingerprint == plan.fingerprint

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from graftline.recipe_reading import parse_override
+from tasks.choices import choices_of
 from tests.flows.conftest import Project
 from tests.graftline.data.own_media import make_folder, picture, sound, write_csv
 
@@ -44,10 +46,15 @@ def tutorial() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines]
 
 
-def test_two_folders_become_a_model_that_answers(project: Project) -> None:
+def test_two_folders_become_a_model_that_answers(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     init, check, run, ask = tutorial()
     code, text = project.run(*init)
     assert code == 0, text
+    code, text = project.run("compare", "params/mine.yaml", "--methods", "finetune", "--budget")
+    assert code == 1
+    assert "run: graftline data import params/mine.yaml" in " ".join(text.split())
     code, text = project.run(*check)
     assert code == 0, text
     assert "photo" in text and "24" in text
@@ -67,6 +74,9 @@ def test_two_folders_become_a_model_that_answers(project: Project) -> None:
     assert not (project.folder / "data").exists()
     code, text = project.run(*ask, *SETTINGS)
     assert code == 0, text
+    monkeypatch.chdir(project.folder)
+    offered = choices_of(["params/mine.yaml"], dict(map(parse_override, SHORT)))
+    assert [choice.stage for choice in offered] == [2, 1]
 
     code, text = project.run("plan", "params/mine.yaml", *SETTINGS)
     assert code == 0, text
@@ -99,3 +109,18 @@ def test_bad_rows_stop_a_run_before_anything_is_computed(project: Project) -> No
     assert code == 0, text
     assert "photo: 24 train, 3 validation, 3 test" in text
     assert {Path(name).parts[1] for name in project.artifacts()} == {"rows"}
+
+
+def test_a_modality_of_captions_alone_is_learned_and_no_conversation_is_made_of_it(
+    project: Project,
+) -> None:
+    init, _, run, _ = tutorial()
+    code, text = project.run(*init)
+    assert code == 0, text
+    captions = [{"file_name": f"{n:03d}.png", "caption": f"number {n % 2}"} for n in range(30)]
+    write_csv(project.folder / "my/photos/metadata.csv", captions)
+    code, text = project.run(*run, *SETTINGS)
+    assert code == 0, text
+    metrics = json.loads((project.folder / "reports/mine/finetune/seed-0/metrics.json").read_text())
+    assert set(metrics["scores"]) == {"photo", "hum"}
+    assert "joint" not in metrics or not metrics["joint"]

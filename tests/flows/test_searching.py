@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from flows.cli import app
 from flows.searching import describe, trial_of
 from graftline.methods.search import search_of, write_trials
 from graftline.recipe_reading import load_recipe
@@ -56,3 +58,11 @@ def test_candidates_are_asked_on_validation_rows_and_only_what_decides(method: s
         assert {(step.kind, step.parameters["split"]) for step in asked} == {
             ("evaluate", "validation")
         }
+
+
+def test_rates_of_all_methods_are_searched_where_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["search", str(TINY), "--rates", "--budget"])
+    assert "run: graftline data build" in str(result.exception)

@@ -124,3 +124,24 @@ def test_all_problems_come_at_once():
     ):  # fmt: skip
         assert words in problems
     assert recipe_problems(_tiny(), FILES) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"method": "mera+"}, "method mera+"),
+        ({"method": "mera-corrected"}, "method mera-corrected"),
+        ({"method": "mera-distilled"}, "method mera-distilled"),
+        ({"realign.start": "corrected"}, "realign.start: corrected"),
+        ({"method": "realign-only", "realign.start": "corrected"}, "realign.start: corrected"),
+        ({"method": "mera-masks", "realign.start": "corrected"}, None),
+        ({"method": "mera"}, None),
+    ],
+)
+def test_resamplers_have_no_last_layer_to_correct_or_to_draw_for(changes, cause):
+    shape = {"kind": "resampler", "tokens": 2, "hidden": 32, "layers": 1, "heads": 2}
+    recipe = _tiny(**{"modalities.audio.connector": shape, **changes})
+    problems = recipe_problems(recipe, FILES)
+    assert len(problems) == (cause is not None)
+    if cause is not None:
+        assert problems[0].startswith(f"modalities.audio.connector.kind: resampler: {cause} ")

@@ -173,7 +173,8 @@ class HubSource:
             raise GraftlineError(
                 f"{settings.hub}: the hub's data set cannot be had at {settings.revision} "
                 f"({type(error).__name__}: {error}). Check name, config, revision and connection; "
-                "a gated one needs `hf auth login`."
+                "nothing is fetched unless you allow it with HF_HUB_OFFLINE=0 in front of the "
+                "command; a gated one needs `hf auth login`."
             ) from error
         return {str(name): rows for name, rows in found.items()}
 

@@ -78,6 +78,14 @@ def test_leftovers_of_dead_builds_are_swept(data: Path, monkeypatch: pytest.Monk
     assert names == [f".data-{os.getppid()}-x", "data"]
 
 
+def test_a_file_in_the_folder_s_place_is_kept(tmp_path: Path, sizes: dict[str, int]) -> None:
+    mine = tmp_path / "rows.parquet"
+    mine.write_bytes(b"mine")
+    with pytest.raises(GraftlineError, match="rows.parquet is a file"):
+        build(mine, sizes)
+    assert mine.read_bytes() == b"mine"
+
+
 def test_wrong_sizes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(GraftlineError, match="'train' is 0"):
         build(tmp_path / "data", {"train": 0})

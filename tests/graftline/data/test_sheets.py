@@ -51,3 +51,44 @@ def test_a_data_folder_is_counted_drawn_and_its_bad_rows_named(data: Path, tmp_p
     assert problem.startswith(f"{path}, row 5: ")
     assert "'never trained on'" in audio.warnings[0] and "row 6" in audio.warnings[0]
     assert problem in (tmp_path / "out" / "audio.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"answers": None},
+        {"media": None},
+        {"question": None},
+        {"drop": "answers"},
+        {"drop": "question"},
+        {"drop": "media"},
+        {"drop": "task"},
+    ],
+)
+def test_rows_that_lack_something_are_named_and_the_others_drawn(
+    data: Path, tmp_path: Path, change: dict[str, str | None]
+) -> None:
+    path = data / "audio" / "train.parquet"
+    table = pq.read_table(path)
+    if column := change.pop("drop", None):
+        table = table.drop_columns([column])
+    else:
+        rows = table.to_pylist()
+        rows[2].update(change)
+        schema = pa.schema([field.with_nullable(True) for field in table.schema])
+        table = pa.Table.from_pylist(rows, schema=schema)
+    pq.write_table(table, path)
+    [audio] = check_folder(data, {"audio": "audio"}, tmp_path / "out")
+    assert any(str(path) in problem for problem in audio.problems)
+    assert audio.sheet == tmp_path / "out" / "audio.png"
+    assert (tmp_path / "out" / "audio.txt").is_file()
+
+
+def test_a_damaged_file_is_named_and_no_sheet_is_drawn(data: Path, tmp_path: Path) -> None:
+    path = data / "audio" / "train.parquet"
+    content = bytearray(path.read_bytes())
+    content[100 : len(content) // 2] = b"\xff" * (len(content) // 2 - 100)
+    path.write_bytes(content)
+    [audio] = check_folder(data, {"audio": "audio"}, tmp_path / "out")
+    assert any(str(path) in problem for problem in audio.problems)
+    assert audio.sheet is None
