@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from graftline.data.features import FeatureTable
 from graftline.model.backbone import load_backbone
 from graftline.model.connector_kinds import build_connector, connector_parameters
 from graftline.model.connectors import MixerConnector
@@ -15,8 +16,8 @@ from graftline.model.loading import read_connector, read_record
 from graftline.model.resampler import ResamplerConnector
 from graftline.model_settings import ConnectorSettings
 from graftline.recipe import LoraSettings, PhaseSettings
-from graftline.training import phases
-from graftline.training.resampling import align_resampler
+from graftline.training import phases, resampling
+from graftline.training.resampling import align_resampler, measured
 
 SETTINGS = PhaseSettings(steps=4, batch_size=48, learning_rate=3e-3)
 KINDS = {
@@ -32,6 +33,14 @@ def test_the_defaults_parameters_are_what_they_were():
     linear, resampler = (connector_parameters(each) for each in KINDS.values())
     assert linear == {"tokens": 2, "hidden": 0}
     assert set(resampler) == {"tokens", "hidden", "kind", "layers", "heads", "code"}
+
+
+def test_a_large_split_is_measured_by_rows_at_even_distances(features_folder, monkeypatch):
+    table = FeatureTable(features_folder / "train")
+    assert measured(table).equal(table[:])
+    rows, tokens, width = table.shape
+    monkeypatch.setattr(resampling, "_MEASURED", 5 * tokens * width + 1)
+    assert measured(table).equal(table[[number * rows // 5 for number in range(5)]])
 
 
 def test_heads_divide_the_width():
