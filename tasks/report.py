@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import resource
 import sys
@@ -31,13 +32,14 @@ from graftline.evaluation.report import (
 )
 from graftline.plan import Model, Step
 from graftline.results import collect
-from graftline.run_plan import RunPlan
+from graftline.run_plan import RunPlan, plan_run
 from graftline.store import Store
 from graftline.stores import open_store
 from tasks import tracking
 from tasks.outputs import EXPORTED, pictures
 from tasks.references import DataVersion, Place
 
+_log = logging.getLogger(__name__)
 _NAMES = {"final": "score", "vanilla": "vanilla", "merged": "merged", "expert": "expert"}
 
 
@@ -100,9 +102,11 @@ def write_run_report(
         if not (has_costs(old) and old.get("step_seconds") and (folder / HEADLINE).exists()):
             metrics = write_report(folder, _with_costs(read_report(folder), plan, store))
     else:
+        settings = None if plan.recorded else _of_seed_0(plan, data)
+        _note_replaced(folder, old, settings)
         idle = max(0.0, window.seconds - busy_seconds(computed, store, window))
         run = _with_costs(_collect(plan, place, data, window.seconds), plan, store)
-        metrics = write_report(folder, replace(run, idle_seconds=idle))
+        metrics = write_report(folder, replace(run, idle_seconds=idle, settings=settings))
     if not all(path.exists() for path in pictures(folder)) or metrics is not old:
         _draw(folder, _collect(plan, place, data, window.seconds))
     _publish(plan, place, folder, metrics)
@@ -154,6 +158,20 @@ def matrix_markdown(metrics: Mapping[str, Any], cells: str) -> str:
         value = metrics.get(name)
         lines.append(f"- **{name.upper()}**: {'n/a' if value is None else f'{value:.2f} %'}")
     return "\n".join(lines) + "\n"
+
+
+def _note_replaced(folder: Path, old: Mapping[str, Any], settings: str | None) -> None:
+    """Says so where a run's report takes the place of one with other settings, data or code."""
+    if old.get("settings") not in (None, settings):
+        _log.warning(
+            "%s: takes the place of a report with other settings, data or code; "
+            "--set name=... keeps both", folder,
+        )  # fmt: skip
+
+
+def _of_seed_0(plan: RunPlan, data: DataVersion) -> str:
+    """What runs have in common that differ by their seed alone."""
+    return plan_run(plan.recipe.model_copy(update={"seed": 0}), data.files).fingerprint
 
 
 def _until(plan: RunPlan, stage: int) -> RunPlan:

@@ -22,6 +22,7 @@ from graftline.evaluation.report import (
     HEADLINES,
     RunScores,
     bootstrap_cells,
+    check_same_settings,
     gains_of,
     place_scores,
     split_scores,
@@ -126,6 +127,7 @@ def _check(groups: Mapping[str, Sequence[RunScores]]) -> None:
                 f"{label}: its runs are {_words(places)}, those of the first method "
                 f"{_words(expected)}; methods are compared over the same orders and seeds"
             )
+        check_same_settings(label, runs)
         for run in runs:
             if run.data_md5 != data:
                 raise EvaluationError(

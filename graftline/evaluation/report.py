@@ -77,6 +77,7 @@ class RunScores:
         evaluating_seconds: What all evaluations took.
         idle_seconds: Part of `wall_seconds` in which no step computed: data, records, waiting.
         step_seconds: What each of its steps took, by `<kind>/<fingerprint>`; runs share steps.
+        settings: Fingerprint of the same run with seed 0; the same where only the seed differs.
     """
 
     recipe: str
@@ -101,6 +102,7 @@ class RunScores:
     evaluating_seconds: float | None = None
     idle_seconds: float | None = None
     step_seconds: Mapping[str, float] | None = None
+    settings: str | None = None
 
     def __post_init__(self) -> None:
         seen: set[tuple[Place, str]] = set()
@@ -110,6 +112,23 @@ class RunScores:
             if (cell.place, cell.task) in seen:
                 raise EvaluationError(f"{cell.place} on task {cell.task!r} was scored twice")
             seen.add((cell.place, cell.task))
+
+
+def check_same_settings(name: str, runs: Sequence[RunScores]) -> None:
+    """Runs whose mean is taken differ by seed and order alone, as far as their reports tell.
+
+    Raises:
+        EvaluationError: recipes, data or code were different.
+    """
+    for order in {run.order for run in runs}:
+        known = [run for run in runs if run.order == order and run.settings is not None]
+        if len({run.settings for run in known}) > 1:
+            seeds = ", ".join(str(run.seed) for run in known)
+            raise EvaluationError(
+                f"{name}: its runs (seeds {seeds}) were made with different settings, data or "
+                "code, so no mean is taken of them; run them again with the same, or what is to "
+                "stand beside them under a name of its own (--set name=...)"
+            )
 
 
 def bootstrap_cells(run: RunScores) -> dict[Place, Cell]:
@@ -217,6 +236,7 @@ def metrics_of(run: RunScores, replicates: int = 2000) -> dict[str, Any]:
         },
         **{name: getattr(run, name) for name in _MEASURED},
         "step_seconds": None if run.step_seconds is None else dict(run.step_seconds),
+        "settings": run.settings,
     }
 
 
@@ -286,7 +306,7 @@ def read_report(folder: Path) -> RunScores:
         cells = cells_in((folder / EXAMPLES).read_text(encoding="utf-8"))
         scalars = {name: metrics[name] for name in (*_NAMED, *_MEASURED) if name not in COSTS}
         # older reports have none of these
-        scalars |= {name: metrics.get(name) for name in (*COSTS, "step_seconds")}
+        scalars |= {name: metrics.get(name) for name in (*COSTS, "step_seconds", "settings")}
         return RunScores(order=tuple(metrics["order"]), cells=cells, **scalars)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise EvaluationError(

@@ -12,7 +12,13 @@ from pathlib import Path
 from graftline.evaluation import EvaluationError
 from graftline.evaluation.bootstrap import Interval
 from graftline.evaluation.cells import JOINT
-from graftline.evaluation.report import RunScores, bootstrap_cells, read_report, run_intervals
+from graftline.evaluation.report import (
+    RunScores,
+    bootstrap_cells,
+    check_same_settings,
+    read_report,
+    run_intervals,
+)
 
 _HEADINGS = {"brg": "BRG", "brg_mean": "mean BRG", "frg_mean": "FRG", "retention": "retention"}
 _NONE = "n/a"
@@ -139,6 +145,7 @@ def _summary(runs: list[RunScores], replicates: int) -> SummaryRow:
         raise EvaluationError(
             f"{name}: the runs saw different data ({', '.join(versions)}); run them on the same"
         )
+    check_same_settings(name, runs)
     found = run_intervals([bootstrap_cells(run) for run in runs], first.order, replicates)
     return SummaryRow(
         recipe=first.recipe,

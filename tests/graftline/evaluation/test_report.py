@@ -15,6 +15,7 @@ import pytest
 from graftline.evaluation import EvaluationError
 from graftline.evaluation.bootstrap import Interval
 from graftline.evaluation.cells import JOINT, Point, ScoreCell
+from graftline.evaluation.comparison import compare_runs
 from graftline.evaluation.pictures import (
     retention_against_storage,
     score_matrix,
@@ -70,6 +71,7 @@ def make_run(seed: int = 0, method: str = "mera", level: float = 0.8, n: int = 3
         21.5,
         16.0,
         step_seconds={"align/a": 1.25, "evaluate/e": 0.5},
+        settings="s0",
     )
 
 
@@ -198,6 +200,20 @@ def test_table_over_seeds(tmp_path: Path) -> None:
     write_report(folders[1], dataclasses.replace(make_run(1), data_md5="other"), 20)
     with pytest.raises(EvaluationError, match="different data"):
         summarise_runs(folders[:2])
+
+
+def test_no_mean_is_taken_over_runs_of_different_settings(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "old")]
+    write_report(folders[0], make_run(seed=0), replicates=50)
+    others = [dataclasses.replace(make_run(seed=1), settings="s1")]
+    others.append(dataclasses.replace(make_run(seed=2), settings=None))  # of an older version
+    for folder, run in zip(folders[1:], others, strict=True):
+        write_report(folder, run, replicates=50)
+    assert summarise_runs([folders[0], folders[2]], replicates=50)[0].seeds == (0, 2)
+    with pytest.raises(EvaluationError, match=r"seeds 0, 1\) were made with different settings"):
+        summarise_runs(folders, replicates=50)
+    with pytest.raises(EvaluationError, match="different settings"):
+        compare_runs({"mera": [read_report(folder) for folder in folders[:2]]}, None)
 
 
 def test_joint_questions_stand_beside_the_gains(tmp_path: Path) -> None:
