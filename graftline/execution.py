@@ -13,6 +13,7 @@ import torch
 from graftline.asking.parts import Parts, load_parts
 from graftline.data.examples import ROWS, ExampleSet
 from graftline.data.parts import SMOLLM2, fetch
+from graftline.durable import atomic_write_text
 from graftline.errors import GraftlineError
 from graftline.evaluation.answering import answer_all, answer_batches
 from graftline.evaluation.joint import JointSet
@@ -54,6 +55,7 @@ from graftline.work import (
 )
 
 TIMING = "timing.json"
+_SESSION = "session.json"
 _AT_ONCE = frozenset({"backbone", "merge", "weighted-merge", "perplexity", "statistics", "correct"})
 """Kinds without a loop that says how far it is: they are shown as one round, with their time."""
 
@@ -90,6 +92,7 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
         started = time.monotonic()
         torch.set_num_threads(machine.threads)
         folder = store.work_folder(step.kind, fingerprint)
+        earlier = begin_session(folder)
         shared = carried_out_together(step.kind, machine)
         shared &= step.kind != "features" or machine.feature_shares == 1
         run = carry_out_together if shared else RUNNERS[step.kind]
@@ -97,9 +100,29 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
             run(Work(step, parents, machine, folder, out))
             if advance is not None:
                 advance()
-        _record_seconds(out / TIMING, time.monotonic() - started)
+        _record_seconds(out / TIMING, earlier + time.monotonic() - started)
 
     return step.publish(store, build)
+
+
+def begin_session(folder: Path) -> float:
+    """Notes that work on a step begins; what comes after a kill begins another session.
+
+    Args:
+        folder: the step's work folder, which outlives a kill.
+
+    Returns:
+        Seconds that earlier sessions took up to their last checkpoint: what they did after it is
+        done again, and counted then.
+    """
+    file, now = folder / _SESSION, time.time()
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    earlier = 0.0
+    if before is not None:
+        saved = [path.stat().st_mtime for path in folder.iterdir() if path != file]
+        earlier = before["earlier"] + max(0.0, max(saved, default=0.0) - before["begun"])
+    atomic_write_text(file, json.dumps({"begun": now, "earlier": earlier}))
+    return earlier
 
 
 def _found(store: Store, role: str, parent: Reference) -> Artifact | None:

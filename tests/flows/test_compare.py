@@ -48,6 +48,7 @@ def test_methods_are_compared_and_nothing_is_computed_twice(copy):
             if method == "mera":  # whose steps were not there
                 assert metrics["idle_seconds"] < metrics["wall_seconds"]
             assert metrics["training_seconds"] < metrics["computing_seconds"]
+            assert metrics["settings"] == metrics["fingerprint"]  # its seed is 0
     # what is reused was computed for some run, which says so
     notes = {
         str(value) for (value,) in copy.mlflow("select value from tags where key like 'artifact.%'")

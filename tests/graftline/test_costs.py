@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from graftline import manifest
 from graftline.costs import _bytes_carried, seconds_by_activity
+from graftline.execution import begin_session
 from graftline.recipe_reading import load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
@@ -84,3 +87,14 @@ def test_a_step_that_runs_share_counts_once() -> None:
         {"training": 7.0, "evaluation": 3.5, "merging": 1.0, "preparation": 4.0}
     )
     assert seconds_by_activity([one, one]) == seconds_by_activity([one])
+
+
+def test_a_step_that_was_killed_counts_what_it_did_up_to_its_checkpoint(tmp_path: Path) -> None:
+    assert begin_session(tmp_path) == 0.0
+    assert begin_session(tmp_path) == 0.0  # killed before it saved anything
+    now, note = time.time(), tmp_path / "session.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "begun": now - 100.0}))
+    (tmp_path / "checkpoint-2").mkdir()
+    os.utime(tmp_path / "checkpoint-2", (now - 40.0, now - 40.0))
+    assert begin_session(tmp_path) == pytest.approx(60.0)
+    assert begin_session(tmp_path) == pytest.approx(60.0)  # nothing more was saved
