@@ -74,16 +74,19 @@ class Chat:
 
     def _ask(self, text: str) -> None:
         turn = Turn(tuple(self.media), check_question(text))
+        kept = self.turns
         while True:
             try:
-                [answer] = self._asker.answer([[*self.turns, turn]])
+                self._asker.encode([*kept, turn])
                 break
             except TooLong:
-                if not self.turns:
+                if not kept:
                     raise
-                self.turns.pop(0)
-                self._note("too long for this model: the first turn is left out")
-        self.turns.append(Turn(turn.media, turn.question, answer))
+                kept = kept[1:]
+        if left_out := len(self.turns) - len(kept):
+            self._note(f"too long for this model: the first {left_out} turn(s) are left out")
+        [answer] = self._asker.answer([[*kept, turn]])
+        self.turns = [*kept, Turn(turn.media, turn.question, answer)]
         self.media = []
         self._say(answer)
 

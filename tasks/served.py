@@ -8,7 +8,7 @@ they lie, and loading compares them with their manifests.
 from __future__ import annotations
 
 import base64
-import binascii
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,13 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             for number, row in enumerate(model_input.to_dict("records"), start=1):
                 try:
                     media = self._media(row, Path(folder), f"row {number}")
-                    question = check_question(str(row["question"]))
-                    conversations.append([Turn(tuple(media), question)])
+                    turns = [Turn(tuple(media), _question(row["question"]))]
+                    self.asker.encode(turns)
+                    conversations.append(turns)
                 except GraftlineError as error:
-                    problems.append(str(error).replace(f"{folder}/", ""))
+                    text = str(error).replace(f"{folder}/", "")
+                    named = text.startswith(f"row {number}, ")
+                    problems.append(text if named else f"row {number}: {text}")
         if not problems:
             try:
                 return pd.DataFrame({"answer": self.asker.answer(conversations)})
@@ -76,17 +79,26 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         media = []
         for modality in self.asker.modalities:
             text = row.get(modality)
-            if isinstance(text, str) and text:
-                paths.append(folder / f"{label}, {modality}")
-                paths[-1].write_bytes(_decoded(text, f"{label}, {modality}"))
-                media.append(self.asker.read(paths[-1], modality))
+            if text is None or text == "" or (isinstance(text, float) and math.isnan(text)):
+                continue  # not shown: a column has a cell in every row
+            paths.append(folder / f"{label}, {modality}")
+            paths[-1].write_bytes(_decoded(text, f"{label}, {modality}"))
+            media.append(self.asker.read(paths[-1], modality))
         return self.asker.show(media, paths)
 
 
-def _decoded(text: str, label: str) -> bytes:
+def _question(given: object) -> str:
+    if not isinstance(given, str):
+        raise GraftlineError(f"question: is no text ({type(given).__name__}); ask something")
+    return check_question(given)
+
+
+def _decoded(text: object, label: str) -> bytes:
+    if not isinstance(text, str):
+        raise GraftlineError(f"{label}: is no text; send the file's bytes as base64")
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # also of characters that are not ASCII
         raise GraftlineError(
             f"{label}: is no base64 ({error}); send the file's bytes so"
         ) from error

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from threading import RLock
 
 import torch
 
 from graftline.asking.conversation import Shown, Turn, encode_conversation
 from graftline.asking.media import Medium, named_error, read_medium
-from graftline.asking.parts import Parts, load_parts
+from graftline.asking.parts import Parts, load_parts, prompts_of
 from graftline.encoders import open_encoder
 from graftline.encoders.arrays import ArrayEncoder
 from graftline.errors import GraftlineError
@@ -18,7 +19,7 @@ from graftline.evaluation.answering import answer_batches
 from graftline.model.encoders import Encoder
 from graftline.model.loading import LoadedModel, read_record
 from graftline.model.multimodal import collate
-from graftline.model.prompts import EncodedPrompt
+from graftline.model.prompts import EncodedPrompt, PromptEncoder
 from graftline.recipe import KINDS
 from graftline.work import device_named
 
@@ -46,6 +47,7 @@ class Asker:
         self._device = device
         self._encoders: dict[str, Encoder] = {}
         self._loaded: LoadedModel | None = None
+        self._one_at_a_time = RLock()  # a routed model is told of one pass at a time
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -104,9 +106,10 @@ class Asker:
         found: list[Shown | None] = [None] * len(media)
         for modality in dict.fromkeys(medium.modality for medium in media):
             places = [place for place, each in enumerate(media) if each.modality == modality]
-            features = self._encode(
-                modality, [media[p] for p in places], [paths[p] for p in places]
-            )
+            with self._one_at_a_time:
+                features = self._encode(
+                    modality, [media[p] for p in places], [paths[p] for p in places]
+                )
             for place, own in zip(places, features, strict=True):
                 found[place] = Shown(modality, own)
         return [shown for shown in found if shown is not None]
@@ -146,6 +149,10 @@ class Asker:
             self._loaded = load_parts(self.parts, self._device)
         return self._loaded
 
+    @cached_property
+    def _prompts(self) -> tuple[PromptEncoder, int | None]:
+        return prompts_of(self.parts)
+
     def answer(
         self, conversations: Sequence[Sequence[Turn]], label: str = "answer", batch: int = BATCH
     ) -> list[str]:
@@ -166,19 +173,21 @@ class Asker:
         for start in range(0, len(places), batch):
             near = places[start : start + batch]
             media = [[s.features for t in conversations[p] for s in t.media] for p in near]
-            collated = collate([prompts[p] for p in near], media, self.loaded.prompts.pad_id)
+            collated = collate([prompts[p] for p in near], media, self._prompts[0].pad_id)
             batches.append((near, collated))
-        return answer_batches(self.loaded, batches, max_new_tokens=self.max_new_tokens, label=label)
+        with self._one_at_a_time:
+            return answer_batches(
+                self.loaded, batches, max_new_tokens=self.max_new_tokens, label=label
+            )
 
     def encode(self, turns: Sequence[Turn]) -> EncodedPrompt:
-        """A conversation as the model reads it.
+        """A conversation as the model reads it; what its media hold does not matter.
 
         Raises:
             GraftlineError: it is longer than the model can take, answer included.
         """
-        prompt = encode_conversation(self.loaded.prompts, turns)
-        config: Any = self.loaded.model.backbone.config
-        limit = getattr(config, "max_position_embeddings", None)
+        prompts, limit = self._prompts
+        prompt = encode_conversation(prompts, turns)
         if limit is not None and len(prompt.token_ids) + self.max_new_tokens > limit:
             raise TooLong(
                 f"the conversation takes {len(prompt.token_ids)} tokens and the answer up to "

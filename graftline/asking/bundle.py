@@ -32,6 +32,7 @@ from graftline.data.parts import (
     Part,
 )
 from graftline.encoders import same_here
+from graftline.encoders.own_class import check_stranger
 from graftline.errors import GraftlineError
 from graftline.evaluation.cells import ScoreCell, cells_in, examples_csv
 from graftline.evaluation.report import EXAMPLES
@@ -308,6 +309,10 @@ def read_bundle(folder: Path) -> Parts:
 
 def _check_encoders(folder: Path, description: Description) -> None:
     for modality, encoder in description.encoders.items():
+        try:
+            check_stranger((encoder.own or {}).get("settings", {}))
+        except GraftlineError as error:
+            raise GraftlineError(f"{folder / DESCRIPTION}: {modality}: {error}") from error
         here = same_here(encoder.recorded())
         if here != encoder.sha256:
             raise GraftlineError(

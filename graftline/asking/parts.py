@@ -10,7 +10,9 @@ from typing import Any
 from graftline.encoders import describe_encoder
 from graftline.errors import GraftlineError
 from graftline.methods import Stage
+from graftline.model.building import BUILDING
 from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
+from graftline.model.prompts import PromptEncoder
 from graftline.model.routing.composed import route_to_adapters, route_to_experts, route_to_masks
 from graftline.model.routing.router import Text
 from graftline.plan import Reference
@@ -147,3 +149,28 @@ def load_parts(parts: Parts, device: str = "auto") -> LoadedModel:
         connectors = list(parts.connectors)
         return route_to_masks(loaded, connectors, parts.backbone, parts.base, parts.text)
     return loaded
+
+
+def prompts_of(parts: Parts) -> tuple[PromptEncoder, int | None]:
+    """What a model's prompts are made by, and how many tokens it reads; its LLM is not loaded.
+
+    Raises:
+        GraftlineError: the backbone has no chat template, or no end-of-sequence token.
+    """
+    with BUILDING:
+        from transformers import AutoConfig, AutoTokenizer
+
+    folder = str(parts.backbone)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    tokens = {
+        modality: read_connector(place, read_record(place, modality)).tokens
+        for modality, place in parts.connectors.items()
+    }
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        prompts = PromptEncoder(tokenizer, tokens, parts.system_prompt)
+    except GraftlineError as error:
+        raise GraftlineError(f"{folder}: {error}") from error
+    return prompts, getattr(config, "max_position_embeddings", None)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from graftline.asking.asker import Asker
-from graftline.asking.conversation import Turn, check_question
+from graftline.asking.conversation import Shown, Turn, check_question
 from graftline.data.files import inside, open_text
 from graftline.durable import atomic_write_text
 from graftline.errors import GraftlineError
@@ -17,6 +19,8 @@ from graftline.progress import track
 
 QUESTION, ANSWER = "question", "answer"
 _LONGEST_LIST = 50
+_SORTED = 8
+"""Batches whose rows are held in memory together, and answered in the order of their lengths."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,18 @@ def _row(
                 media.append((name, file))
         except GraftlineError as error:
             problems.append(str(error))
+    if not problems:
+        try:
+            asker.encode([_turn(asker, media, question)])
+        except GraftlineError as error:
+            problems.append(str(error))
     return AskedRow(tuple(media), question), problems
+
+
+def _turn(asker: Asker, media: Sequence[tuple[str, Path]], question: str) -> Turn:
+    """A question whose media are not encoded yet: as long as it will be."""
+    nothing = torch.empty(0)
+    return Turn(tuple(Shown(asker.called(name), nothing) for name, _ in media), question)
 
 
 def answer_table(table: QuestionTable, asker: Asker, out: Path, batch: int) -> None:
@@ -133,20 +148,27 @@ def answer_table(table: QuestionTable, asker: Asker, out: Path, batch: int) -> N
         out: the CSV to write.
         batch: questions that are encoded, and answered, together.
     """
-    conversations: list[list[Turn]] = []
-    with track("encode", len(table.rows)) as advance:
-        for start in range(0, len(table.rows), batch):
-            rows = table.rows[start : start + batch]
-            given = [pair for row in rows for pair in row.media]
-            media = [asker.read(path, name) for name, path in given]
-            shown = iter(asker.show(media, [path for _, path in given]))
-            for row in rows:
-                own = tuple(next(shown) for _ in row.media)
-                conversations.append([Turn(own, row.question)])
-            advance("", len(rows))
-    answers = asker.answer(conversations, batch=batch)
+    answers: list[str] = []
+    for start in range(0, len(table.rows), _SORTED * batch):
+        rows = table.rows[start : start + _SORTED * batch]
+        label = f"answer {start + 1} to {start + len(rows)} of {len(table.rows)}"
+        answers += asker.answer(_conversations(rows, asker, batch), label=label, batch=batch)
     stream = io.StringIO(newline="")
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([*table.columns, ANSWER])
     writer.writerows([*fields, text] for fields, text in zip(table.cells, answers, strict=True))
     atomic_write_text(out, stream.getvalue())
+
+
+def _conversations(rows: Sequence[AskedRow], asker: Asker, batch: int) -> list[list[Turn]]:
+    """Rows with their media encoded, so many at a time."""
+    found: list[list[Turn]] = []
+    for start in range(0, len(rows), batch):
+        some = rows[start : start + batch]
+        given = [pair for row in some for pair in row.media]
+        media = [asker.read(path, name) for name, path in given]
+        shown = iter(asker.show(media, [path for _, path in given]))
+        for row in some:
+            own = tuple(next(shown) for _ in row.media)
+            found.append([Turn(own, row.question)])
+    return found

@@ -15,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 from graftline.errors import GraftlineError
+from graftline.model.pretrained import TRUST_VARIABLE
 from graftline.model_settings import PythonEncoder
 
 GROUP = "graftline.encoders"
@@ -64,9 +66,34 @@ def _imported(reference: str) -> Any:
             f"python: {module_name} cannot be imported ({error!r}); install its package into the "
             "environment of graftline"
         ) from error
-    if not isinstance(getattr(module, class_name, None), type):
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
         raise GraftlineError(f"python: {module_name} has no class {class_name}")
-    return getattr(module, class_name)
+    if not callable(getattr(found, "encode", None)):  # nothing else is ever made by its name
+        raise GraftlineError(
+            f"python: {reference} is no encoder: it has no method encode(media); an encoder has "
+            "tokens, width and encode(media)"
+        )
+    return found
+
+
+def check_stranger(settings: Mapping[str, Any]) -> None:
+    """Lets a class that a folder names, and no recipe of the user's, run only where it may.
+
+    An entry point is there because the user installed its package as an encoder.
+
+    Args:
+        settings: of an encoder, as the folder has them.
+
+    Raises:
+        GraftlineError: the folder alone asks for it.
+    """
+    reference = str(settings.get("python", ""))
+    if ":" in reference and os.environ.get(TRUST_VARIABLE) != "1":
+        raise GraftlineError(
+            f"it names the Python class {reference} as an encoder, which would be run. If that is "
+            f"your own, or you have read it, set {TRUST_VARIABLE}=1 for this command"
+        )
 
 
 def class_identity(reference: str) -> dict[str, str]:

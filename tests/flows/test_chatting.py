@@ -41,6 +41,9 @@ def test_a_chat_keeps_its_turns_and_survives_mistakes(monkeypatch):
         chat.read("why " * 40)
     assert len(chat.turns) < 12
     assert "too long" in notes.getvalue()
+    turns = list(chat.turns)
+    chat.read("why " * 600)  # fits into no conversation, not even alone
+    assert chat.turns == turns and "the conversation takes" in notes.getvalue()
     chat.read("/clear")
     assert chat.turns == []
 

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,7 @@ def test_a_run_with_models_of_ones_own(fresh, monkeypatch, tmp_path):
     assert shapes == {9, 4}  # CLIP's patches, the sensor's windows
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "plant_sensors", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlruns/mlflow.db")
     found = json.loads(_called("plan", "params/own.yaml", "--json"))
     assert (found["to_run"], found["fingerprint"]) == (0, metrics["fingerprint"])
@@ -115,6 +117,9 @@ def test_a_run_with_models_of_ones_own(fresh, monkeypatch, tmp_path):
     _called("export", "params/own.yaml", "--out", "bundle")
     assert "the user, transformers" in (folder / "bundle/README.md").read_text()
     question = ("--image", "red.png", "What is this?")
+    with pytest.raises(GraftlineError, match="names the Python class plant_sensors:Spectrum"):
+        _called("ask", "bundle", *question)
+    monkeypatch.setenv("GRAFTLINE_TRUST_REMOTE_CODE", "1")
     assert _called("ask", "bundle", *question) == _called("ask", "params/own.yaml", *question)
     np.save(folder / "machine.npy", np.zeros((64, 3), np.float32))
     sensor = ("--show", "vibration=machine.npy", "How does the machine run?")

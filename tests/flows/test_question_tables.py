@@ -26,6 +26,7 @@ def _table(path, lines):
 def test_each_row_of_a_table_gets_its_own_answer(used, tmp_path, monkeypatch):
     monkeypatch.setattr("graftline.asking.asker.answer_batches", echo)
     monkeypatch.setattr(using.ask_table, "__defaults__", (5,))  # several batches
+    monkeypatch.setattr("graftline.asking.table._SORTED", 2)  # and several times that
     asker, lines, expected = Asker(find_parts(RECIPE, {})), [], []
     for number in range(ROWS):
         for place, modality in enumerate(MODALITIES):
@@ -59,14 +60,16 @@ def test_all_bad_rows_are_listed_before_anything_is_asked(used, tmp_path, monkey
     (place / "cut.png").write_bytes(good.read_bytes()[:100])
     names = ["good.png", "", "../outside.png", outside, "link.png", "folder/outside.png", "cut.png"]
     lines = [[name, "What?"] for name in names] + [["good.png", " "], ["good.png"]]
+    lines.append(["good.png", "why " * 600])
     table = _table(place / "questions.csv", [["image", "question"], *lines])
     with pytest.raises(GraftlineError) as error:
         using.ask_table(Asker(find_parts(RECIPE, {})), table, tmp_path / "answers.csv", QUIET)
     found = [line.strip() for line in str(error.value).splitlines()[1:]]
-    assert [line.partition(":")[0] for line in found] == [f"line {n}" for n in range(4, 11)]
+    assert [line.partition(":")[0] for line in found] == [f"line {n}" for n in range(4, 12)]
     assert all("leads out of" in line for line in found[:4])
     assert "cut.png" in found[4] and "question is empty" in found[5]
     assert "has 1 fields, the header 2" in found[6]
+    assert "the conversation takes" in found[7]
     assert not (tmp_path / "answers.csv").exists()
 
 

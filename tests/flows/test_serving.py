@@ -78,13 +78,18 @@ def test_weights_are_linked_and_nothing_is_pickled(loaded):
 def test_rows_that_cannot_be_asked_are_all_listed(loaded, used):
     rows = [{"image": "no base64!", "question": QUESTION}, {"question": " "}]
     rows.append({"audio": base64.b64encode(b"RIFF").decode(), "question": QUESTION})
+    rows += [{"question": None}, {"image": "é", "question": QUESTION}]
+    rows.append({"question": "why " * 600})
     with pytest.raises(MlflowException) as error:
         loaded.predict(pd.DataFrame(rows))
     text = str(error.value)
     for words in (
         "row 1, image: is no base64",
-        "question is empty",
+        "row 2: the question is empty",
         "row 3, audio: not a readable",
+        "row 4: question: is no text",
+        "row 5, image: is no base64",
+        "row 6: the conversation takes",
     ):
         assert words in text
     assert "/tmp" not in text

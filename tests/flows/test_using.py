@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,9 @@ from tests.flows.used import (
     RECIPE,
     asked,
     cli,
+    computed,
     evaluated,
+    logits_of,
     medium,
 )
 
@@ -45,6 +48,21 @@ def test_a_row_asked_meets_what_evaluation_meets(overrides, used, tmp_path):
         torch.testing.assert_close(found[modality], wanted[modality], rtol=1e-4, atol=1e-4)
         first, *others = wanted[modality]
         assert all((first - other).abs().max() > 1e-3 for other in others)
+
+
+def test_threads_that_ask_one_routed_model_get_their_own_answers(used, monkeypatch):
+    computed(APART)
+    monkeypatch.setattr("graftline.asking.asker.answer_batches", logits_of)
+    asker = Asker(find_parts(RECIPE, APART))
+    asked_for = [(name, medium(name, number)) for number in range(4) for name in MODALITIES]
+
+    def answer(pair):
+        return using.ask(asker, [pair], "What is this?", QUIET)
+
+    alone = [answer(pair) for pair in asked_for]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(answer, asked_for * 3))
+    assert all(a.equal(b) for a, b in zip(alone * 3, together, strict=True))
 
 
 def test_media_stand_in_the_order_of_the_command_line(monkeypatch):

@@ -163,6 +163,7 @@ def test_an_entry_point_names_a_class(sensors, tmp_path):
         ("no_such_plant:Averages", "cannot be imported"),
         ("../evil.py:Averages", "not of the form package.module:Class"),
         ("plant-medians", "no installed package has an entry point"),
+        ("subprocess:Popen", "subprocess:Popen is no encoder"),
     ],
 )
 def test_what_cannot_be_found_is_a_problem_of_the_recipe(sensors, reference, message):
