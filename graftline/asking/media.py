@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from graftline.data.files import read_file
 from graftline.data.kinds import check_size, decode_media
 from graftline.data.rows import SAMPLE_RATE, MediaError, decode
-from graftline.data.sources.fitting import REMEDIES
+from graftline.data.sources.fitting import REMEDIES, upright
 from graftline.data.wav import as_mono, fitted, wav_layout
 from graftline.errors import GraftlineError
 from graftline.model.clips import CLIPS
@@ -60,7 +60,9 @@ def read_medium(path: Path, modality: str, encoder: str, kind: str | None = None
         if kind == "audio":
             values, notes = _sound(content, CLIPS.get(encoder))
         else:
-            values, notes = decode_media(content, kind), ()
+            seen = upright(content) if kind in ("image", "video") else content
+            values = decode_media(seen, kind)
+            notes = () if seen == content else ("was turned upright, as its EXIF says",)
         check_size(values, kind)
         if kind == "point_cloud" and len(values) > MAX_POINTS:
             raise MediaError(

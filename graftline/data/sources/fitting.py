@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.ExifTags import Base
 
 from graftline.data.encoding import encode_wav
 from graftline.data.kinds import check_size, decode_media
@@ -30,8 +31,9 @@ REMEDIES = {
 def fit_medium(content: bytes, kind: str, settings: SourceSettings) -> tuple[bytes, NDArray[Any]]:
     """Checks a medium and gives its bytes as a row holds them.
 
-    Pictures, videos, point clouds and features stay as they are, byte for byte. A WAV of another
-    rate, width or number of channels becomes 16 kHz, 16 bits, mono.
+    Pictures, videos, point clouds and features stay as they are, byte for byte, but for a picture
+    that its camera noted as turned: it is turned upright. A WAV of another rate, width or number of
+    channels becomes 16 kHz, 16 bits, mono.
 
     Args:
         content: the bytes of a file, whatever its name says.
@@ -49,6 +51,7 @@ def fit_medium(content: bytes, kind: str, settings: SourceSettings) -> tuple[byt
             raise MediaError("is empty (0 bytes)")
         if kind in ("image", "video"):
             _check_pixels(content, min(settings.max_pixels or MAX_PIXELS, MAX_PIXELS))
+            content = upright(content)
         if kind == "audio":
             content = _wav(content, min(settings.max_seconds, MAX_AUDIO_SECONDS))
         values = decode_media(content, kind)
@@ -73,6 +76,34 @@ def _check_pixels(content: bytes, most: int) -> None:
             f"has {width} x {height} pixels{f' in {frames} frames' if frames > 1 else ''}, more "
             f"than the {most} that max_pixels allows"
         )
+
+
+def upright(content: bytes) -> bytes:
+    """A picture as people see it: the same bytes, or turned as its EXIF says, as PNG.
+
+    Raises:
+        MediaError: its values have more than 8 bits, of which a decoder to RGB keeps the lowest or
+            the highest end alone.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            mode = picture.mode
+            turned = picture.getexif().get(Base.Orientation, 1) not in (0, 1)
+            large = picture.width * picture.height > MAX_PIXELS  # the decoder says so
+            if not turned or large or getattr(picture, "n_frames", 1) > 1:
+                found = content
+            else:
+                stream = io.BytesIO()
+                ImageOps.exif_transpose(picture.convert("RGB")).save(stream, "PNG")
+                found = stream.getvalue()
+    except Exception:
+        return content  # the decoder names what is wrong with it
+    if mode.startswith(("I", "F")):
+        raise MediaError(
+            f"holds values of more than 8 bits (Pillow's mode {mode}), which would become black "
+            "and white; scale them to 8 bits as your data need it (for 12 bits: divide by 16)"
+        )
+    return found
 
 
 def _wav(content: bytes, most: float) -> bytes:

@@ -17,8 +17,10 @@ from graftline.asking.media import read_medium
 from graftline.data import files
 from graftline.data.encoding import encode_animated_png, encode_ply, encode_png, encode_wav
 from graftline.data.rows import MediaError, decode
+from graftline.data.sources.fitting import fit_medium
 from graftline.model.efficientnet import ImageEncoder
 from graftline.model.whisper import WhisperAudioEncoder
+from graftline.source_settings import SourceSettings
 
 WHISPER = WhisperAudioEncoder.name
 
@@ -175,3 +177,31 @@ def test_pictures_of_other_kinds_are_read(tmp_path):
     frames = [Image.fromarray(frame) for frame in FRAMES]
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:])
     assert read_medium(path, "video", "efficientnet-lite0-frames").values.shape == FRAMES.shape
+
+
+def test_a_picture_that_its_camera_turned_is_seen_and_imported_upright(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
+    turned = Image.fromarray(pixels)
+    exif = turned.getexif()
+    exif[0x112] = 6  # a quarter to the left
+    turned.save(tmp_path / "turned.png", exif=exif)
+    upright = np.rot90(pixels, -1)
+    seen = read_medium(tmp_path / "turned.png", "image", "efficientnet-lite0")
+    assert np.array_equal(seen.values, upright)
+    assert seen.notes == (f"{tmp_path / 'turned.png'}: was turned upright, as its EXIF says",)
+    content = (tmp_path / "turned.png").read_bytes()
+    row, values = fit_medium(content, "image", SourceSettings(folder="."))
+    assert np.array_equal(values, upright) and np.array_equal(decode(row, "image"), upright)
+    Image.fromarray(pixels).save(tmp_path / "plain.png")
+    plain = (tmp_path / "plain.png").read_bytes()
+    assert fit_medium(plain, "image", SourceSettings(folder="."))[0] == plain
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_pictures_of_more_than_8_bits_are_refused(dtype, tmp_path):
+    path = tmp_path / "xray.tiff"
+    Image.fromarray(np.linspace(0, 4000, 400).reshape(20, 20).astype(dtype)).save(path)
+    with pytest.raises(MediaError, match=r"xray.tiff: holds values of more than 8 bits"):
+        read_medium(path, "image", "efficientnet-lite0")
+    with pytest.raises(MediaError, match="scale them to 8 bits"):
+        fit_medium(path.read_bytes(), "image", SourceSettings(folder="."))
