@@ -7,29 +7,36 @@ in float32 and stored so: rounding happens once, when the merge writes its resul
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from graftline.durable import nearest
 from graftline.errors import GraftlineError
 from graftline.kinship import distance
-from graftline.merging.checkpoints import INDEX, Checkpoint, open_checkpoint
-from graftline.weight_files import Entry
+from graftline.merging.checkpoints import DTYPES, INDEX, Checkpoint, open_checkpoint
+from graftline.merging.writing import Stored, header
+from graftline.weight_files import FLOAT_BYTES, Entry
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _NAME = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
+_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin an adapter that take its first product out of the base."""
 _LISTED = 5
+_PIECE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def write_expert(base: Path, adapter: Path, out: Path) -> None:
-    """Writes the checkpoint that a base and an adapter stand for, a shard of the base at a time.
+    """Writes the checkpoint that a base and an adapter stand for, a tensor at a time.
 
     Args:
         base: checkpoint folder of theta_0.
@@ -79,20 +86,75 @@ def write_expert(base: Path, adapter: Path, out: Path) -> None:
     products, problems = _products(adapter)
     problems += _misfits(products, checkpoint, adapter)
     problems += _other_base(checkpoint, adapter)
+    shards: dict[Path, list[tuple[str, Entry]]] = {}
+    for name, entry in checkpoint.entries.items():
+        shards.setdefault(entry.file, []).append((name, entry))
+    layouts = {shard: _layout(entries, products) for shard, entries in shards.items()}
+    problems += _too_large(layouts.values(), out)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise GraftlineError(f"{adapter} is no expert of {base}:\n{listed}")
     out.mkdir(parents=True)
-    for shard in sorted({entry.file for entry in checkpoint.entries.values()}):
-        tensors = load_file(shard)
-        for name in tensors.keys() & products.keys():
-            tensors[name] = (tensors[name].float() + products[name].value()).contiguous()
-        save_file(tensors, out / shard.name, metadata={"format": "pt"})
-        changed = (adapter / WEIGHTS).stat().st_mtime_ns
-        os.utime(out / shard.name, ns=(changed, changed))  # the same adapter is the same input
+    for shard, layout in sorted(layouts.items()):
+        _write_shard(out / shard.name, layout, checkpoint.entries, products)
+        os.utime(out / shard.name, ns=_times(adapter))
     for name in ("config.json", "tokenizer.json", INDEX):
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
+
+
+def _layout(entries: Sequence[tuple[str, Entry]], products: Mapping[str, Product]) -> list[Stored]:
+    """A shard's tensors as the expert's has them: sums in float32, the widest dtypes first."""
+    found = [
+        Stored(name, "F32", entry.shape, 4 * entry.elements)
+        if name in products
+        else Stored(name, entry.dtype, entry.shape, entry.size)
+        for name, entry in entries
+    ]
+    return sorted(found, key=lambda tensor: (-FLOAT_BYTES.get(tensor.dtype, 8), tensor.name))
+
+
+def _too_large(layouts: Iterable[Sequence[Stored]], out: Path) -> list[str]:
+    """A disk that the expert would fill; it lies beside the result until that is written."""
+    needed = sum(tensor.size for layout in layouts for tensor in layout)
+    place = nearest(out.absolute())
+    free = shutil.disk_usage(place).free
+    if free >= needed:
+        return []
+    return [f"{place}: has {free / 1e9:.1f} GB free, its float32 sums need {needed / 1e9:.1f} GB"]
+
+
+def _write_shard(
+    file: Path,
+    layout: Sequence[Stored],
+    entries: Mapping[str, Entry],
+    products: Mapping[str, Product],
+) -> None:
+    with file.open("wb") as stream:
+        stream.write(header(layout, {"format": "pt"}))
+        for tensor in layout:
+            entry = entries[tensor.name]
+            if tensor.name in products:
+                content = bytearray(entry.read(0, entry.size))
+                weight = torch.frombuffer(content, dtype=DTYPES[entry.dtype]).view(entry.shape)
+                total = weight.float() + products[tensor.name].value()
+                stream.write(total.contiguous().numpy().data)
+                continue
+            for place in range(0, entry.size, _PIECE):
+                stream.write(entry.read(place, _PIECE))
+
+
+def _times(adapter: Path) -> tuple[int, int]:
+    """Times of access and change that follow from an adapter's content alone.
+
+    A merge tells its inputs apart by size and time: the same adapter is the same input.
+    """
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        with (adapter / name).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    moment = int.from_bytes(digest.digest()[:7])  # nanoseconds: somewhere in two years
+    return moment, moment
 
 
 def _products(adapter: Path) -> tuple[dict[str, Product], list[str]]:
@@ -128,6 +190,12 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     problems = []
     if config.get("peft_type") != "LORA":
         problems.append(f"peft_type is {config.get('peft_type')!r}; only LORA is a sum of products")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_RESIDUAL):
+        problems.append(
+            f"init_lora_weights {start!r}: it belongs to a base that was changed when it was made; "
+            "save it with PEFT's path_initial_model_for_weight_conversion"
+        )
     if config.get("use_dora"):
         problems.append("use_dora: DoRA scales whole weights; fold it with merge_and_unload first")
     if config.get("bias", "none") != "none":
@@ -143,8 +211,9 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """Alpha / r, with the module's own alpha where a pattern names it, as PEFT matches patterns."""
     alpha = config.get("lora_alpha", rank)
     for pattern, own in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(?:.*\.)?{pattern}", module):
+        if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = own
+            break
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
@@ -155,6 +224,11 @@ def _misfits(products: Mapping[str, Product], base: Checkpoint, adapter: Path) -
         f"{name}: its product is {list(products[name].shape)}, the base's {list(entry.shape)}"
         for name, entry in _named(base, products)
         if entry.shape != products[name].shape
+    ]
+    wrong += [
+        f"{name}: the base holds it as {entry.dtype}, to which nothing can be added"
+        for name, entry in _named(base, products)
+        if entry.dtype not in DTYPES
     ]
     problems = [f"{name}: the base has no such weight" for name in absent[:_LISTED]] + wrong[
         :_LISTED
