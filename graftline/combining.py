@@ -100,6 +100,7 @@ def combine(
         theirs = open_checkpoint(member.backbone).entries
         require_kin(ours, theirs, (base, member.folder))
     durable.make_folder(out.absolute().parent)
+    durable.sweep_siblings(out.absolute())
     temporary = durable.temporary_sibling(out.absolute())
     try:
         with durable.naming_disk_faults(temporary.parent):

@@ -240,6 +240,14 @@ def left_behind(path: Path) -> bool:
     return path.name not in _own_temporaries if pid == os.getpid() else not process_runs(pid)
 
 
+def sweep_siblings(target: Path) -> None:
+    """Removes what killed processes of this host left of building `target`."""
+    if target.parent.is_dir():
+        for path in target.parent.iterdir():
+            if path.name.startswith(f".tmp-{target.name}-") and left_behind(path):
+                remove(path)
+
+
 def process_runs(pid: int) -> bool:
     """Say whether a process of this host runs; one that ended but was not waited for does not."""
     try:

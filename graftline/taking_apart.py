@@ -10,6 +10,7 @@ be asked, and `graftline add` grows it by one more modality.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -36,13 +37,16 @@ from graftline.manifest import FORMAT, fingerprint_of, seal
 from graftline.model.building import BUILDING
 from graftline.model.connector_kinds import register
 from graftline.model.loading import ConnectorRecord, read_connector, read_record, save_connector
+from graftline.model.own_backbone import PLAIN_TEMPLATE
 from graftline.model.projector import projector_shape
+from graftline.model.prompts import PromptEncoder
 from graftline.model_settings import TransformersEncoder
 
 register()
 PARTS, CONNECTORS = "parts.json", "connectors"
 LONGEST_ANSWER = 64
 """Tokens of an answer; a model that was taken apart has no recipe that says it."""
+_log = logging.getLogger(__name__)
 TOLERANCE = 1e-4
 """Largest difference of logits, as a share of the largest logit: other kernels round otherwise."""
 _MODELS = {
@@ -160,6 +164,7 @@ def take_apart(folder: Path, out: Path) -> float:
         raise GraftlineError(f"{out}: is there already; choose another --out, or remove it")
     joint, model, precision = _opened(folder)
     durable.make_folder(out.absolute().parent)
+    durable.sweep_siblings(out.absolute())
     temporary = durable.temporary_sibling(out.absolute())
     try:
         with durable.naming_disk_faults(temporary.parent):
@@ -315,6 +320,33 @@ def _write_parts(model: Any, joint: Joint, folder: Path, out: Path) -> None:
         if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _OWN:
             place = "encoder" if file.name in _PREPROCESSING else "backbone"
             shutil.copyfile(file, out / place / file.name)
+    _give_template(out / "backbone")
+
+
+def _give_template(backbone: Path) -> None:
+    """A plain chat template where the model's own is lost or loses plain text.
+
+    Templates of multimodal models take a turn as a list of typed parts; here media are spliced in
+    by modality, and a turn is text.
+    """
+    with BUILDING:
+        from transformers import AutoTokenizer
+    if not (backbone / "tokenizer_config.json").is_file():
+        return  # there is no tokenizer; who asks the backbone is told so
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(backbone), local_files_only=True, trust_remote_code=False
+    )
+    try:
+        PromptEncoder(tokenizer, {}).encode(["a turn"])
+    except GraftlineError:
+        for name in ("chat_template.jinja", "chat_template.json"):
+            (backbone / name).unlink(missing_ok=True)
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.save_pretrained(backbone)
+        _log.warning(
+            "the model's chat template takes no plain text; its backbone got a plain one of USER "
+            "and ASSISTANT, a line each"
+        )
 
 
 def _compare(model: Any, parts: Recombined, folder: Path) -> float:

@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-MESSAGE = "Stopped. What is finished is kept: the same command goes on from there."
+MESSAGE = (
+    "Stopped. Nothing half made stands under its name; the same command goes on from what is "
+    "finished."
+)
 _BOOKS_SECONDS = 10.0
 _SHOW_CURSOR = "\x1b[?25h"
 _books: list[Callable[[], object]] = []

@@ -171,6 +171,7 @@ def write_bundle(
     """
     refuse_existing(out)
     durable.make_folder(out.absolute().parent)
+    durable.sweep_siblings(out.absolute())
     temporary = durable.temporary_sibling(out.absolute())
     copies = list(_copies(parts))
     try:

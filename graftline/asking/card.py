@@ -52,9 +52,9 @@ def model_card(description: Description, metrics: Mapping[str, Any] | None) -> s
         "",
         *_licences(description),
         "",
-        "Connectors, and what the backbone learned, are the run's own. Encoders are not in this",
-        "folder: they are fetched once, pinned by version and sha256. Rows of other data than the",
-        "starter's have the licence that their maker gave them.",
+        "Connectors, and what the backbone learned, are the run's own. Encoders whose weights are",
+        "not in this folder are fetched once, pinned by version and sha256. Rows of other data",
+        "than the starter's have the licence that their maker gave them.",
     ]
     return "\n".join(lines) + "\n"
 

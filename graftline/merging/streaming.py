@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from graftline.durable import (
-    left_behind,
     make_folder,
     naming_disk_faults,
     publish_folder,
     remove,
+    sweep_siblings,
     temporary_sibling,
 )
 from graftline.merging.building import SHARD_BYTES, Building, MergeRequest
@@ -162,9 +162,7 @@ def _publish(building: Building, asked: Mapping[str, Any], inputs: Sequence[Chec
     out = building.request.out
     with naming_disk_faults(out.parent):
         make_folder(out.parent.absolute())
-        for path in out.parent.iterdir():
-            if path.name.startswith(f".tmp-{out.name}-") and left_behind(path):  # it was killed
-                remove(path)
+        sweep_siblings(out)
         temporary = temporary_sibling(out)
         try:
             temporary.mkdir()

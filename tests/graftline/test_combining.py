@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from graftline.asking.conversation import Turn
 from graftline.asking.parts import load_parts
 from graftline.combining import combine
 from graftline.data.encoding import encode_wav
+from graftline.durable import temporary_sibling
 from graftline.errors import GraftlineError
 from graftline.manifest import seal
 from graftline.merging.masks import decoupled_weight, load_masks
@@ -141,6 +145,18 @@ def test_one_backbone_for_all_is_their_average(made: Path, tmp_path: Path) -> No
     for modality, model in zip(("image", "audio"), models, strict=True):
         file = f"connectors/connector-{modality}.safetensors"
         assert (tmp_path / "both" / file).read_bytes() == (model / file).read_bytes()
+
+
+def test_what_a_killed_combination_left_goes_with_the_next(made: Path, tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = temporary_sibling(tmp_path / "both")
+    left = left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
+    other = tmp_path / left.name.replace("both", "another")
+    for folder in (left, other):
+        folder.mkdir()
+    combine(made / "base", [made / "seeing", made / "hearing"], tmp_path / "both")
+    assert {path.name for path in tmp_path.iterdir()} == {"both", other.name}
 
 
 def test_what_cannot_become_one_is_refused_at_once(made: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from graftline.asking.conversation import Turn
 from graftline.asking.parts import load_parts
 from graftline.errors import GraftlineError
 from graftline.model.backbone import load_backbone, make_tiny
+from graftline.model.own_backbone import PLAIN_TEMPLATE
 from graftline.taking_apart import PARTS, Recombined, drawn_inputs, take_apart
 from tests.graftline.pico_models import pico_llava
 
@@ -218,3 +219,26 @@ def test_what_was_taken_apart_is_a_model_that_can_be_asked(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(GraftlineError, match="connector-image.safetensors"):
         read_bundle(tmp_path / "elsewhere")
+
+
+TYPED = (
+    "{% for message in messages %}{{ message['role'] }}:"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""As the hub's LLaVA models have it: a turn that is a string is rendered as nothing."""
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_chat_template_that_loses_plain_turns_is_replaced(typed, tmp_path, caplog):
+    make_tiny(tmp_path / "tiny", seed=0)
+    pico_llava(tmp_path / "whole", tmp_path / "tiny")
+    kept = load_backbone(tmp_path / "tiny")[1].chat_template
+    if typed:
+        (tmp_path / "whole/chat_template.jinja").write_text(TYPED)
+    take_apart(tmp_path / "whole", tmp_path / "made")
+    found = load_backbone(tmp_path / "made/backbone")[1].chat_template
+    assert found == (PLAIN_TEMPLATE if typed else kept)
+    assert ("takes no plain text" in caplog.text) == typed
+    asker = Asker(read_bundle(tmp_path / "made"))
+    assert isinstance(asker.answer([[Turn((), "What is this?")]])[0], str)

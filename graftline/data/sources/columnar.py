@@ -62,7 +62,10 @@ class Held:
         if isinstance(value, str) and self._files is not None:
             return self._files(value)
         if isinstance(value, str):
-            raise RowError("names a file and does not hold its bytes")
+            raise RowError(
+                "names a file and does not hold its bytes; store the bytes, or make it a column of "
+                "names, below media_folder"
+            )
         raise RowError(f"holds no medium ({type(value).__name__})" if value else "is empty")
 
 
@@ -101,7 +104,9 @@ class FileSource:
             found = _schema(path, self._settings)
             media = _columns(str(path), tuple(found.names), self._settings, self._kind).media
             kind = found.field(media).type
-            return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            texts = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+            return any(is_text(kind) for is_text in texts)
 
     def entries(self) -> Iterator[Entry]:
         """Every row in order.

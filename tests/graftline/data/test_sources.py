@@ -114,7 +114,7 @@ def test_the_identity_follows_content_not_time(tmp_path: Path) -> None:
     assert identity_of(request, FileHashes(memory)) == identity_of(request, FileHashes())
 
 
-@pytest.mark.parametrize("form", ["bytes", "struct", "names", "arrow"])
+@pytest.mark.parametrize("form", ["bytes", "struct", "names", "categories", "views", "arrow"])
 def test_columns_of_files_are_mapped(tmp_path: Path, form: str) -> None:
     media = [picture(number) for number in range(8)]
     for number, content in enumerate(media):
@@ -125,6 +125,8 @@ def test_columns_of_files_are_mapped(tmp_path: Path, form: str) -> None:
         "names": [f"{number}.png" for number in range(8)],
         "arrow": [{"bytes": content, "path": "x.png"} for content in media],
     }
+    names = pa.array(cells["names"])
+    cells["categories"], cells["views"] = names.dictionary_encode(), names.cast(pa.string_view())
     table = {
         "pic": cells[form],
         "ask": ["What?"] * 8,
