@@ -26,7 +26,8 @@ NOBODY = "nobody: one answer only"
 WORDLESS = "(it ends without a word)"
 _KEPT = 2
 """Models in memory: as many as are compared."""
-_ENDINGS = {"image": None, "audio": [".wav"], "video": None, "point_cloud": [".ply"]}
+_ENDINGS = {"audio": [".wav"], "point_cloud": [".ply"], "features": [".npy"]}
+"""Kinds of media whose files have one ending."""
 _PREVIEWED = ("image", "audio", "video")
 LOOPBACK = ("127.0.0.1", "localhost")
 POLICY = (
@@ -49,6 +50,11 @@ class Models:
         self.choices = {choice.label: choice for choice in choices}
         self._device = device
         self._loaded: dict[str, Asker] = {}
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """What can be shown to any of them: modality -> what its media are."""
+        return {name: kind for each in self.choices.values() for name, kind in each.kinds.items()}
 
     def asker(self, label: str) -> Asker:
         """The model of this name.
@@ -78,8 +84,10 @@ class Models:
         text, asker = check_question(question), self.asker(label)
         read, problems = [], []
         for modality, path in media.items():
+            # Another model may call the same kind of media otherwise.
+            name = modality if modality in asker.modalities else self.kinds.get(modality, modality)
             try:
-                read.append(asker.read(Path(path), modality))
+                read.append(asker.read(Path(path), name))
             except GraftlineError as error:
                 problems.append(_named(error, path))
         if problems:
@@ -134,10 +142,10 @@ def build(models: Models, name: str) -> Any:
     import gradio as gr
 
     labels = list(models.choices)
-    modalities = list(_ENDINGS)
+    kinds = models.kinds
 
     def ask(question: str, left: str, right: str, *files: str | None) -> tuple[str, str, str]:
-        media = {m: f for m, f in zip(modalities, files, strict=True) if f}
+        media = {m: f for m, f in zip(kinds, files, strict=True) if f}
         (first, second), notes = answers(models, media, question, (left, right))
         return first, second, notes
 
@@ -145,17 +153,17 @@ def build(models: Models, name: str) -> Any:
         gr.Markdown(f"# Graftline: {name}\nDrop media, ask, and compare two models' answers.")
         files = []
         with gr.Row():
-            for modality, endings in _ENDINGS.items():
+            for modality, kind in kinds.items():
                 with gr.Column(min_width=180):
                     file = gr.File(
                         label=modality.replace("_", " "),
-                        file_types=endings,
+                        file_types=_ENDINGS.get(kind),
                         height=130,
                         elem_id=f"file-{modality}",
                     )
                     files.append(file)
-                    if modality in _PREVIEWED:
-                        _preview(gr, file, modality)
+                    if kind in _PREVIEWED:
+                        _preview(gr, file, kind)
         question = gr.Textbox(label="question", value="What is this?", elem_id="question")
         button = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Row():
@@ -177,10 +185,10 @@ def build(models: Models, name: str) -> Any:
     return page
 
 
-def _preview(gr: Any, file: Any, modality: str) -> None:
-    kind = gr.Audio if modality == "audio" else gr.Image
-    size = {} if modality == "audio" else {"height": 130}
-    shown = kind(show_label=False, interactive=False, visible=False, buttons=[], **size)
+def _preview(gr: Any, file: Any, kind: str) -> None:
+    player = gr.Audio if kind == "audio" else gr.Image
+    size = {} if kind == "audio" else {"height": 130}
+    shown = player(show_label=False, interactive=False, visible=False, buttons=[], **size)
     file.change(
         lambda path: gr.update(value=path, visible=path is not None),
         file,

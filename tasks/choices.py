@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from tasks.models import find_parts
 from tasks.outputs import finished_reports, read_object
 from tasks.own_data import whole_data
 
+_RECIPES = (".yaml", ".yml")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -29,10 +31,12 @@ class Choice:
         model: as `tasks.models.find_parts` takes it.
         overrides: dotted key -> value.
         stage: whose model it is; the last one's where it is None.
+        kinds: modality -> what its media are.
     """
 
     label: str
     model: str
+    kinds: Mapping[str, str]
     overrides: Mapping[str, Any] = field(default_factory=dict)
     stage: int | None = None
 
@@ -55,13 +59,18 @@ def choices_of(models: Sequence[str], overrides: Mapping[str, Any]) -> list[Choi
     found: list[Choice] = []
     for model in models:
         path = Path(model)
-        if path.suffix in (".yaml", ".yml"):
-            found += _of_recipe(path, overrides)
+        if path.suffix in _RECIPES:
+            own = _of_recipe(path, overrides)
+            if sum(Path(each).suffix in _RECIPES for each in models) > 1:
+                name = load_recipe(path, overrides).name
+                own = [replace(each, label=f"{name} · {each.label}") for each in own]
+            found += own
         else:
             chosen = {} if path.is_dir() and is_bundle(path) else overrides
-            found.append(Choice(model, model, chosen))
-            found[-1].parts()  # what is wrong with it, before anything starts
-    return found
+            parts = find_parts(model, chosen, None)  # what is wrong with it, before anything starts
+            kinds = {name: parts.kind_of(name) for name in parts.connectors}
+            found.append(Choice(model, model, kinds, chosen))
+    return list({choice.label: choice for choice in found}.values())
 
 
 def _of_recipe(path: Path, overrides: Mapping[str, Any]) -> list[Choice]:
@@ -86,7 +95,8 @@ def _of_recipe(path: Path, overrides: Mapping[str, Any]) -> list[Choice]:
             if _is_there(stage, open_store(recipe.store)):
                 what = " ".join(stage.final.connectors).replace("_", " ")
                 label = f"{recipe.method} · seed {recipe.seed} · stage {stage.index}: {what}"
-                found.append(Choice(label, str(path), changes, stage.index))
+                kinds = {name: recipe.kind_of(name) for name in stage.final.connectors}
+                found.append(Choice(label, str(path), kinds, changes, stage.index))
     if not found:
         raise GraftlineError(
             f"{path}: none of its runs is finished with the settings, data and code that are here "

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import signal
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 from flows import page, using
 from graftline.asking.asker import Asker
 from graftline.errors import GraftlineError
-from tasks.choices import choices_of
+from tasks.choices import Choice, choices_of
 from tasks.models import find_parts
 from tests.flows.browser import CHROMIUM, Browser
 from tests.flows.conftest import Project
@@ -42,6 +44,29 @@ def test_every_stage_of_a_finished_run_can_be_chosen(exported, used):
         choices_of([RECIPE], {"fine_tune.steps": 7})
     with pytest.raises(GraftlineError, match="no such model"):
         choices_of(["nothing"], {})
+
+
+def test_recipes_are_told_apart_where_several_are_given(used):
+    shutil.copytree("reports/tiny/mera", "reports/other/mera")
+    text = Path(RECIPE).read_text(encoding="utf-8").replace("name: tiny", "name: other")
+    Path("params/other.yaml").write_text(text, encoding="utf-8")
+    try:
+        labels = [choice.label for choice in choices_of([RECIPE, "params/other.yaml"], {})]
+    finally:
+        shutil.rmtree("reports/other")
+        Path("params/other.yaml").unlink()
+    assert len(labels) == 8 and labels[0] == f"tiny · {MERA}" and labels[4] == f"other · {MERA}"
+
+
+def test_what_a_model_calls_otherwise_is_shown_as_what_it_is(used, monkeypatch):
+    monkeypatch.setattr("graftline.asking.asker.answer_batches", echo)
+    own = Choice("own", "own", {"photo": "image", "xray": "image"})
+    models = page.Models([*choices_of([RECIPE], {}), own], "auto")
+    assert list(models.kinds) == ["image", "audio", "video", "point_cloud", "photo", "xray"]
+    asked_for = {"xray": str(used / medium("image"))}
+    said, notes = page.answers(models, asked_for, QUESTION, [MERA])
+    wanted = using.ask(Asker(find_parts(RECIPE, {})), [("image", medium("image"))], QUESTION, QUIET)
+    assert (said, notes) == ([wanted], "")
 
 
 def test_two_models_answer_side_by_side_and_problems_are_notes(used, monkeypatch):
