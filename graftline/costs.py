@@ -142,8 +142,10 @@ def busy_seconds(steps: Iterable[Step], store: Store, window: Window) -> float:
     """How many seconds of a window some finished step computed."""
     spans = []
     for step in steps:
-        seconds = step_seconds(step, store)
-        end = _timing(step, store).stat().st_mtime if seconds is not None else 0.0
+        file = _timing(step, store)
+        timing = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        seconds = timing.get("last_session_seconds", timing.get("step_seconds"))
+        end = file.stat().st_mtime if seconds is not None else 0.0
         if seconds is not None and end > window.started and end - seconds < window.ended:
             spans.append((max(window.started, end - seconds), min(window.ended, end)))
     busy, reached = 0.0, window.started

@@ -231,6 +231,14 @@ def host_token() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
+def process_namespace() -> str:
+    """What process ids of this process are numbers in: containers of one host have their own."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""  # no Linux
+
+
 def left_behind(path: Path) -> bool:
     """Say whether a path is a temporary sibling whose writer was on this host and is dead."""
     match = _TEMPORARY.fullmatch(path.name)

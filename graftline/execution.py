@@ -38,6 +38,7 @@ from graftline.realign_steps import (
     weighted_merge,
 )
 from graftline.recipe import LoraSettings
+from graftline.shared_store import SharedStore
 from graftline.store import Artifact, Store
 from graftline.team import current
 from graftline.together import carried_out_together, carry_out_together
@@ -92,7 +93,8 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
         started = time.monotonic()
         torch.set_num_threads(machine.threads)
         folder = store.work_folder(step.kind, fingerprint)
-        earlier = begin_session(folder)
+        # Of a shared store, checkpoints may be another machine's, and their times the copies'.
+        earlier = 0.0 if isinstance(store, SharedStore) else begin_session(folder)
         shared = carried_out_together(step.kind, machine)
         shared &= step.kind != "features" or machine.feature_shares == 1
         run = carry_out_together if shared else RUNNERS[step.kind]
@@ -100,7 +102,7 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
             run(Work(step, parents, machine, folder, out))
             if advance is not None:
                 advance()
-        _record_seconds(out / TIMING, earlier + time.monotonic() - started)
+        _record_seconds(out / TIMING, time.monotonic() - started, earlier)
 
     return step.publish(store, build)
 
@@ -140,10 +142,18 @@ def recorded_seconds(folder: Path) -> float | None:
         return None  # of an older version, or damaged: no history, and nobody's input
 
 
-def _record_seconds(file: Path, seconds: float) -> None:
-    """Adds the whole step's duration to what it noted itself (a phase notes its loop's)."""
+def _record_seconds(file: Path, seconds: float, earlier: float) -> None:
+    """Adds the whole step's duration to what it noted itself (a phase notes its loop's).
+
+    Args:
+        file: with what it noted.
+        seconds: that this session took.
+        earlier: what sessions before it took that were killed.
+    """
     noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    timing = {"seconds": round(seconds, 3), **noted, "step_seconds": round(seconds, 3)}
+    timing = {"seconds": round(seconds, 3), **noted, "step_seconds": round(earlier + seconds, 3)}
+    if earlier:
+        timing["last_session_seconds"] = round(seconds, 3)
     file.write_text(json.dumps(timing), encoding="utf-8")
 
 

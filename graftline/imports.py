@@ -25,7 +25,13 @@ from graftline.data.sources.importing import (
     identity_of,
     import_rows,
 )
-from graftline.durable import atomic_write_text, make_folder, naming_disk_faults, process_runs
+from graftline.durable import (
+    atomic_write_text,
+    host_token,
+    make_folder,
+    naming_disk_faults,
+    process_runs,
+)
 from graftline.errors import GraftlineError
 from graftline.plan import Step
 from graftline.recipe import Recipe
@@ -113,7 +119,8 @@ def rows_of(
     with naming_disk_faults(work):
         make_folder(work)
         _sweep(work)
-        with tempfile.TemporaryDirectory(prefix=f"{os.getpid()}-", dir=work) as folder:
+        prefix = f"{os.getpid()}-{host_token()}-"
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=work) as folder:
             found = import_rows(request, Path(folder), hashes, progress)
             return _looked_at(request, store, Path(folder), found, look)
 
@@ -164,7 +171,7 @@ def _record(store: Store, identity: str) -> Path:
 
 def _sweep(work: Path) -> None:
     """Removes what killed imports of this machine left."""
-    for path in work.glob("[0-9]*-*"):
+    for path in work.glob(f"[0-9]*-{host_token()}-*"):
         process = path.name.partition("-")[0]
         if path.is_dir() and process.isdigit() and not process_runs(int(process)):
             shutil.rmtree(path, ignore_errors=True)

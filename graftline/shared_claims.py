@@ -27,6 +27,8 @@ _LEASE_SECONDS = 45.0
 _RENEWAL_SECONDS = 5.0
 _LOOK_SECONDS = 2.0
 
+_HERE = {"host": durable.host_token(), "processes": durable.process_namespace()}
+"""Where this process's id means this process."""
 _log = logging.getLogger("graftline.store")
 
 
@@ -40,7 +42,7 @@ class SharedClaim:
 
     def __init__(self, objects: Any, place: str) -> None:
         self._objects, self._place = objects, place
-        self._identity = {"host": durable.host_token(), "pid": os.getpid(), "key": uuid4().hex}
+        self._identity = {**_HERE, "pid": os.getpid(), "key": uuid4().hex}
         self._renewals = 0
 
     @contextmanager
@@ -119,6 +121,7 @@ def _is_dead(claim: bytes) -> bool:
     """Whether a claim's holder was a process of this host that does not run any more."""
     try:
         holder = json.loads(claim)
-        return holder["host"] == durable.host_token() and not durable.process_runs(holder["pid"])
+        here = all(holder[name] == value for name, value in _HERE.items())
+        return here and not durable.process_runs(holder["pid"])
     except (ValueError, TypeError, KeyError):
         return False

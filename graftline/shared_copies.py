@@ -6,7 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from graftline import durable
@@ -15,6 +15,8 @@ from graftline.errors import GraftlineError
 LIMIT_VARIABLE = "GRAFTLINE_STORE_CACHE_GB"
 _DEFAULT_GIGABYTES = 100.0
 _KEPT_SECONDS = 3600.0
+NOTES = ".notes"
+"""Where some files of artifacts lie, beside whole copies."""
 
 
 class Room:
@@ -42,14 +44,17 @@ class Room:
         """Remove the longest unused copies above the limit; return what is gone."""
         limit = _limit_bytes()
         gone: list[Path] = []
-        copies = [(mark.stat().st_mtime, mark) for mark in (self._root / ".used").glob("[!.]*-*")]
-        total = sum(_bytes_below(self._copy_of(mark)) for _, mark in copies)
-        for used, mark in sorted(copies):
+        marks = {mark: self._copy_of(mark) for mark in (self._root / ".used").glob("[!.]*-*")}
+        # Some files of an artifact have no mark of their own: who reads them touched their folder.
+        marks |= {some: some for some in (self._root / NOTES).glob("[!.]*-*")}
+        copies = sorted((_changed(mark), mark) for mark in marks)
+        total = sum(_bytes_below(folder) for folder in marks.values())
+        for used, mark in copies:
             if total <= limit:
                 break
-            folder = self._copy_of(mark)
+            folder = marks[mark]
             if time.time() - used > _KEPT_SECONDS and folder.exists():
-                with _unused(mark) as free:
+                with _unused(mark) if mark != folder else nullcontext(True) as free:
                     if free:
                         total -= _bytes_below(folder)
                         durable.discard(folder)
@@ -81,5 +86,19 @@ def _limit_bytes() -> float:
         raise GraftlineError(f"{LIMIT_VARIABLE}={text!r}: give a number of gigabytes") from error
 
 
+def _changed(path: Path) -> float:
+    """When a path was changed; long ago where it is gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def _bytes_below(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of a folder's files; another process may remove them meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(place, name).stat().st_size
+    return total

@@ -39,7 +39,7 @@ from graftline.manifest import (
 from graftline.object_urls import short
 from graftline.shared_checkpoints import SharedCheckpoints
 from graftline.shared_claims import SharedClaim
-from graftline.shared_copies import Room
+from graftline.shared_copies import NOTES, Room
 from graftline.store import Artifact, Store
 
 CACHE_VARIABLE = "GRAFTLINE_STORE_CACHE"
@@ -172,12 +172,13 @@ class SharedStore(Store):
         published = self._published(kind, fingerprint)
         if published is None:
             return None
-        some = self.root / ".notes" / f"{kind}-{fingerprint}{what}"
+        some = self.root / NOTES / f"{kind}-{fingerprint}{what}"
         names = [name for name in published.files if wanted(name)]
         with self.lock(kind, fingerprint):
             if not _is_whole(some, published, names):
                 durable.discard(some)
                 self._copy(self.location(kind, fingerprint), published, names, some)
+            os.utime(some)
         return some
 
     @contextmanager

@@ -275,8 +275,10 @@ class Store:
         for pattern in ("*/.tmp-*", ".work/*/.tmp-*"):
             for path in sorted(self.root.glob(pattern)):
                 if durable.left_behind(path):
-                    durable.remove(path)
-                    swept.append(path)
+                    # A container of the same name has other process ids: its writer holds the lock.
+                    with suppress(GraftlineError), self.lock(*_built(path), on_wait=_give_up):
+                        durable.remove(path)
+                        swept.append(path)
         for work in sorted((self.root / ".work").glob("[!.]*-*")):
             kind, _, fingerprint = work.name.rpartition("-")
             with suppress(GraftlineError):  # a foreign name, a corrupt artifact, a lock in use
@@ -312,6 +314,17 @@ class Store:
         if found is None:
             raise CorruptArtifact(target, "vanished while it was published", target)
         return found
+
+
+def _built(temporary: Path) -> tuple[str, str]:
+    """Kind and fingerprint of what a temporary sibling is a part of: an artifact, or its work."""
+    name = temporary.name.removeprefix(".tmp-").rsplit("-", 2)[0]
+    if temporary.parent.parent.name == ".work":
+        name = temporary.parent.name
+    elif temporary.parent.name != ".work":
+        return temporary.parent.name, name
+    kind, _, fingerprint = name.rpartition("-")
+    return kind, fingerprint
 
 
 def _give_up(holder: str) -> NoReturn:

@@ -138,8 +138,10 @@ class Journal:
 
 
 def _append(path: Path, entry: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    with path.open("a+b") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            file.write(b"\n")  # the last entry was cut off by a kill, or by a full disk
+        file.write(f"{json.dumps(entry)}\n".encode())
         file.flush()
         os.fsync(file.fileno())
 

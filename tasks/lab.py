@@ -14,9 +14,11 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 from prefect import get_client
 from prefect.automations import Automation
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
@@ -27,6 +29,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
 from graftline.errors import GraftlineError
+from tasks.interruption import closed_when_stopped
 from tasks.patience import is_away
 from tasks.server import configured_url
 
@@ -37,6 +40,7 @@ TAG = "graftline"
 HEARTBEAT_SECONDS = 30
 """Prefect allows no shorter one."""
 _AGAIN_SECONDS = 5.0
+_GRACE_SECONDS = 4.0  # a process that is asked to end has so long
 _MISSED = timedelta(seconds=3 * HEARTBEAT_SECONDS)
 _WATCH = "graftline: a run whose machine is gone has crashed"
 _log = logging.getLogger(__name__)
@@ -146,15 +150,29 @@ def serve_work(slots: int, name: str | None, home: Path) -> None:
             )
         )
 
-    while True:
-        try:
-            asyncio.run(both())
-            return
-        except Exception as error:
-            if not _server_is_away(error):
-                raise
-            _log.warning("Prefect's server does not answer; asking again")
-        time.sleep(_AGAIN_SECONDS)
+    with closed_when_stopped(_end_children):
+        while True:
+            try:
+                asyncio.run(both())
+                return
+            except Exception as error:
+                if not _server_is_away(error):
+                    raise
+                _log.warning("Prefect's server does not answer; asking again")
+            time.sleep(_AGAIN_SECONDS)
+
+
+def _end_children() -> None:
+    """Ends the runs and steps of this worker, which would compute on without it."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.terminate()
+    _, alive = psutil.wait_procs(children, timeout=_GRACE_SECONDS)
+    for child in alive:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(alive, timeout=_GRACE_SECONDS)
 
 
 def _server_is_away(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from tasks import tracking
 # bf16 folder of each backbone, in bytes; training keeps an fp32 copy and two moments beside it.
 _BACKBONE_BYTES = {"smollm2-135m-instruct": 300_000_000, "tiny-random": 2_000_000}
 _OTHER_BACKBONE_BYTES = 300_000_000
-_TRAINING_FACTOR = 7
+_TRAINING_FACTOR = 5  # a checkpoint in bytes of a backbone in bfloat16
 _SMALL_STEP_BYTES = 10_000_000
 _ANSWER_TOKENS = 8  # of a row, about
 _VOCABULARY = 50_000
@@ -74,7 +74,10 @@ def bytes_needed(plan: RunPlan, store: Store) -> int:
         if step.kind in _HOLDING_BACKBONES
         or (step.kind == "fine-tune" and step.parameters["mode"] != "connector")
     ]
-    checkpoints = training if any(s.kind.endswith("fine-tune") for s in heavy) else 0
+    execution = plan.recipe.execution
+    at_once = min(execution.slots, execution.fine_tunings)
+    # The one before is removed when a checkpoint is whole.
+    checkpoints = 2 * training * at_once if any(_trains(step) for step in heavy) else 0
     written = len(heavy) + sum(step.kind == "fisher" for step in heavy)  # that is in float32
     features = [s for s in todo if s.kind == "features"]
     encoded = [feature_bytes(s, plan.recipe, ENCODER_SHAPES) or 0 for s in features]
@@ -82,6 +85,10 @@ def bytes_needed(plan: RunPlan, store: Store) -> int:
     recorded = sum(_logits_bytes(step, plan.recipe) for step in todo if step.kind == "logits")
     small = (len(todo) - len(heavy)) * _SMALL_STEP_BYTES
     return written * size + checkpoints + cached + recorded + small
+
+
+def _trains(step: Step) -> bool:
+    return step.kind.endswith("fine-tune")
 
 
 def _logits_bytes(step: Step, recipe: Recipe) -> int:

@@ -29,7 +29,11 @@ class RunRecord:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.content: dict[str, str | int] = {"pid": os.getpid(), "host": socket.gethostname()}
+        self.content: dict[str, str | int] = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "project": str(Path.cwd()),  # whose MLflow database and Prefect know the run
+        }
 
     def note(self, **content: str) -> None:
         """Adds to the record, e.g. `mlflow_run=...`; durable on return."""
@@ -59,7 +63,10 @@ def recorded_run(store: Path | str) -> Iterator[RunRecord]:
 
 
 def dead_runs(store: Path | str) -> Iterator[Mapping[str, str | int]]:
-    """Yields what dead runs recorded, and forgets each after its caller has dealt with it."""
+    """Yields what dead runs recorded, and forgets each after its caller has dealt with it.
+
+    Of this project alone: another one that shares the store closes its own.
+    """
     for path in sorted((machine_folder(store) / ".runs").glob("*.json")):
         lock = FileLock(path.with_suffix(".lock"))
         with suppress(Timeout), lock.acquire(blocking=False):
@@ -67,6 +74,8 @@ def dead_runs(store: Path | str) -> Iterator[Mapping[str, str | int]]:
                 content = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 content = {}
+            if content.get("project", str(Path.cwd())) != str(Path.cwd()):
+                continue
             yield content
             path.unlink(missing_ok=True)
             path.with_suffix(".lock").unlink(missing_ok=True)

@@ -260,7 +260,9 @@ def log_step(tracked: TrackedRun, step: Step, folder: Path, *, reused: bool) -> 
     timing = read_object(folder / "timing.json")
     if "seconds" in timing:
         metrics.append((f"seconds.{key}", float(timing["seconds"]), now, 0))
-        if history.get("tokens") and timing["seconds"] > 0:
+        # Tokens are those of all sessions of a step that was killed, these seconds the last one's.
+        whole = "last_session_seconds" not in timing and timing["seconds"] > 0
+        if history.get("tokens") and whole:
             speed = history["tokens"] / timing["seconds"]
             metrics.append((f"tokens_per_second.{key}", speed, now, 0))
     reference = step.reference

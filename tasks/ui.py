@@ -95,7 +95,8 @@ def _serve_mlflow(port: int) -> None:
         "--backend-store-uri", tracking_uri(), "--workers", "1",
         "--default-artifact-root", (FOLDER / "artifacts").absolute().as_uri(),
     ]  # fmt: skip
-    server = subprocess.Popen(arguments, stdin=subprocess.DEVNULL)
+    # It writes a line a request: nobody reads this process's output, and a full pipe would stop it.
+    server = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
 

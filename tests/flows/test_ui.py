@@ -49,6 +49,8 @@ def test_both_pages_are_served_until_ctrl_c(copy: Project, served) -> None:
     assert "tiny" in [each["name"] for each in found["experiments"]]
     runs = json.loads(_read(f"{prefect}/api/flow_runs/filter", {"limit": 5}))
     assert {run["state_type"] for run in runs} == {"COMPLETED"}
+    for _ in range(1000):  # more lines of a log of requests than a pipe holds
+        _read(f"{mlflow}/health")
     process.send_signal(signal.SIGINT)
     process.wait(60)
     assert "Traceback" not in process.stdout.read()

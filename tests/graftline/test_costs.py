@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 
 from graftline import manifest
-from graftline.costs import _bytes_carried, seconds_by_activity
-from graftline.execution import begin_session
+from graftline.costs import (
+    Window,
+    _bytes_carried,
+    busy_seconds,
+    seconds_by_activity,
+    step_seconds,
+)
+from graftline.execution import TIMING, begin_session
 from graftline.recipe_reading import load_recipe
 from graftline.run_plan import plan_run
 from graftline.store import Store
@@ -98,3 +104,14 @@ def test_a_step_that_was_killed_counts_what_it_did_up_to_its_checkpoint(tmp_path
     os.utime(tmp_path / "checkpoint-2", (now - 40.0, now - 40.0))
     assert begin_session(tmp_path) == pytest.approx(60.0)
     assert begin_session(tmp_path) == pytest.approx(60.0)  # nothing more was saved
+
+
+def test_what_earlier_sessions_took_was_not_spent_in_this_run(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    files = {name: dict.fromkeys(("train", "validation", "test"), "0") for name in NAMES}
+    step = next(iter(plan_run(load_recipe(TINY, {}), files).steps.values()))
+    timing = {"step_seconds": 3700.0, "last_session_seconds": 100.0}
+    found = step.publish(store, lambda out: (out / TIMING).write_text(json.dumps(timing)) and None)
+    end = (found.folder / TIMING).stat().st_mtime
+    assert busy_seconds([step], store, Window(end - 1000.0, end)) == pytest.approx(100.0)
+    assert step_seconds(step, store) == 3700.0

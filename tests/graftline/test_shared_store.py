@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from graftline import durable, shared_claims
+from graftline import shared_claims
 from graftline.errors import GraftlineError
 from graftline.manifest import MANIFEST, CorruptArtifact
 from graftline.shared_copies import LIMIT_VARIABLE
@@ -187,7 +187,9 @@ def test_a_machine_waits_for_what_another_one_computes(
     assert not first._objects.find(f"{url}/.claims"), "no claim stays"
 
 
-@pytest.mark.parametrize("holder", ["of this host", "of another host", "unreadable"])
+@pytest.mark.parametrize(
+    "holder", ["of this host", "of another host", "of a container of this name", "unreadable"]
+)
 def test_a_dead_machines_claim_is_taken_over(
     url: str, elsewhere: Any, holder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,8 +198,11 @@ def test_a_dead_machines_claim_is_taken_over(
         monkeypatch.setattr(shared_claims, "_LEASE_SECONDS", 0.5)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    host = durable.host_token() if holder == "of this host" else "00000000"
-    claim = json.dumps({"host": host, "pid": ended.pid, "key": "k", "renewals": 3})
+    there = {**shared_claims._HERE}
+    there |= {"host": "00000000"} if holder == "of another host" else {}
+    there |= {"processes": "pid:[1]"} if holder == "of a container of this name" else {}
+    claim = json.dumps({**there, "pid": ended.pid, "key": "k", "renewals": 3})
+    assert shared_claims._is_dead(claim.encode()) == (holder in ("of this host", "unreadable"))
     store = elsewhere(url, "one")
     content = b"{" if holder == "unreadable" else claim.encode()
     store._objects.pipe_file(f"{url}/.claims/merge-f1", content)
@@ -244,6 +249,22 @@ def test_copies_above_the_limit_go_unless_they_are_used(
     assert sorted(store.sweep()) == sorted(folders), "the one that is held stays"
     assert kept.folder.exists()
     assert store.find("merge", "f2") is not None, "it is fetched when it is wanted"
+
+
+def test_some_files_of_artifacts_count_and_go_too(
+    url: str, elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(elsewhere(url, "first"))
+    store = elsewhere(url)
+    some = store.notes("merge", "f1")
+    assert some.parent.name == ".notes"
+    monkeypatch.setenv(LIMIT_VARIABLE, "0.0000001")
+    assert store.sweep() == [], "just read"
+    os.utime(some, (1, 1))
+    assert store.notes("merge", "f1") == some and store.sweep() == [], "read again"
+    os.utime(some, (1, 1))
+    assert store.sweep() == [some] and not some.exists()
+    assert store.notes("merge", "f1").exists(), "it is fetched when it is wanted"
 
 
 def test_trouble_is_named(

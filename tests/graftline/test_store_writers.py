@@ -297,6 +297,24 @@ def test_sweep_removes_only_what_dead_writers_of_this_host_left(tmp_path: Path) 
     assert store.sweep() == []
 
 
+def test_sweep_leaves_what_a_writer_with_a_strange_process_id_is_filling(tmp_path: Path) -> None:
+    """Of a container that has this one's name, but numbers its processes itself."""
+    holder = python(HOLD, tmp_path)
+    assert holder.stdout is not None
+    _, child = holder.stdout.readline().split()
+    dead = python("")
+    dead.communicate(timeout=30)
+    filling = tmp_path / "merge" / f".tmp-f1-{dead.pid}-{host_token()}00000001"
+    filling.mkdir(parents=True)
+    try:
+        assert Store(tmp_path).sweep() == []
+    finally:
+        holder.kill()
+        holder.communicate()
+        os.kill(int(child), signal.SIGKILL)
+    assert Store(tmp_path).sweep() == [filling]
+
+
 def test_sweep_removes_work_folders_of_published_artifacts_only(tmp_path: Path) -> None:
     store = Store(tmp_path)
     names = ["fine-tune", "merge", "align", "realign"]

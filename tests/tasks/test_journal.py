@@ -95,6 +95,18 @@ def test_a_delivery_that_is_cut_off_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "journal.jsonl").exists()
 
 
+def test_what_follows_a_cut_off_call_is_not_lost_with_it(tmp_path: Path) -> None:
+    server = Server()
+    server.there = False
+    (tmp_path / "journal.jsonl").write_text('{"id": "journal-x", "operation": "lo')
+    journal = Journal(tmp_path / "journal.jsonl", server.perform)
+    run = journal.call("run", name="a")
+    server.there = True
+    _later(journal)
+    journal.call("log", run_id=run)
+    assert server.told == [("run", {"name": "a"}), ("log", {"run_id": "id-1"})]
+
+
 def test_who_ends_waits_for_a_server_that_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,7 +71,7 @@ def test_records_of_living_runs_stay(tmp_path):
     assert list((tmp_path / ".runs").iterdir()) == []
 
 
-def test_records_of_dead_runs_are_handed_out_once(tmp_path):
+def test_records_of_dead_runs_are_handed_out_once(tmp_path, monkeypatch):
     code = (
         "import os, sys; from tasks.records import recorded_run\n"
         "with recorded_run(sys.argv[1]) as record:\n"
@@ -79,6 +79,9 @@ def test_records_of_dead_runs_are_handed_out_once(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=False)
+    monkeypatch.chdir(tmp_path)
+    assert list(dead_runs(tmp_path)) == [], "another project's: its own databases know it"
+    monkeypatch.undo()
     [record] = list(dead_runs(tmp_path))
     assert record["mlflow_run"] == "abc"
     assert list(dead_runs(tmp_path)) == []

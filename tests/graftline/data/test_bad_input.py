@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +21,9 @@ import torch
 from graftline.data.encoding import encode_ply, encode_wav
 from graftline.data.kinds import decode_features, encode_features
 from graftline.data.rows import MediaError
+from graftline.durable import host_token
 from graftline.errors import GraftlineError
+from graftline.imports import _sweep
 from graftline.model.backbone import load_backbone
 from graftline.model.prompts import MediaSlot, PromptEncoder
 from tests.graftline.data.own_media import (
@@ -312,3 +317,14 @@ def test_texts_of_any_script_come_through_and_stay_text(tmp_path: Path, tiny_fol
 
 def test_every_kind_of_media_has_bad_input_tried() -> None:
     assert {kind for kind, _, _ in BAD} == set(MAKERS)
+
+
+def test_imports_of_other_machines_are_left_alone(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    ours, theirs = (tmp_path / f"{dead.pid}-{host}-x" for host in (host_token(), "0" * 8))
+    living = tmp_path / f"{os.getpid()}-{host_token()}-y"
+    for folder in (ours, theirs, living):
+        folder.mkdir()
+    _sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([theirs, living])
