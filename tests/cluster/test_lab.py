@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.cluster.conftest import PASSWORD, Lab, Machine, kill_group
@@ -26,6 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 OWN = ["--set", "data.rows={train: 63, validation: 16, test: 16}"]
 """Rows that no other test encodes."""
+STEPS = {"killed": 150, "stopped": 151}
+"""Of the fine-tuning that is interrupted: neither test finds the other's."""
 RECIPE = ["run", "params/tiny.yaml", *PAIR, *OWN]
 
 
@@ -57,13 +61,14 @@ def _shares(lab: Lab) -> int:
     return sum("features, share" in run["name"] for run in runs_in(lab, "COMPLETED"))
 
 
-def test_the_work_of_a_machine_that_dies_goes_to_another(lab: Lab) -> None:
+@pytest.mark.parametrize("ending", ["killed", "stopped"])
+def test_the_work_of_a_machine_that_ends_goes_to_another(lab: Lab, ending: str) -> None:
     laptop, crashed = lab.machine("laptop"), len(runs_in(lab, "CRASHED"))
     former = checkpoints(lab, "one", "two")
     with lab.worker("one") as one, lab.worker("two") as two:
         process = laptop.start(
             "run", "params/tiny.yaml", "--method", "finetune", "--seed", "1", *ON_WORKERS,
-            "--set", "order=[image]", "--set", "fine_tune.steps=150",
+            "--set", "order=[image]", "--set", f"fine_tune.steps={STEPS[ending]}",
         )  # fmt: skip
         deadline = time.monotonic() + 200
         busy = None
@@ -72,7 +77,12 @@ def test_the_work_of_a_machine_that_dies_goes_to_another(lab: Lab) -> None:
             assert time.monotonic() < deadline, "no worker starts the fine-tuning"
             time.sleep(0.2)
             busy = next((w for w in (one, two) if _trains(lab, w.pid, former)), None)
-        kill_group(busy)
+        if ending == "killed":
+            kill_group(busy)
+        else:
+            busy.terminate()
+            busy.wait(30)
+            assert _group(busy.pid) == [], "what it started ended with it"
         text, _ = process.communicate(timeout=500)
         assert process.returncode == 0, text
         assert "its machine is gone" in text
@@ -80,6 +90,17 @@ def test_the_work_of_a_machine_that_dies_goes_to_another(lab: Lab) -> None:
         wait_for_free_slots(lab)
         assert runs_in(lab, "RUNNING", "PENDING", "SCHEDULED") == []
         assert len(runs_in(lab, "CRASHED")) == crashed + 1
+
+
+def _group(leader: int) -> list[int]:
+    """Processes of a worker's group that still run."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            if not ended and os.getpgid(process.pid) == leader:
+                found.append(process.pid)
+    return found
 
 
 def _trains(lab: Lab, leader: int, former: set[Path]) -> bool:
