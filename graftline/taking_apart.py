@@ -324,11 +324,7 @@ def _write_parts(model: Any, joint: Joint, folder: Path, out: Path) -> None:
 
 
 def _give_template(backbone: Path) -> None:
-    """A plain chat template where the model's own is lost or loses plain text.
-
-    Templates of multimodal models take a turn as a list of typed parts; here media are spliced in
-    by modality, and a turn is text.
-    """
+    """A plain chat template where the model's own is lost, or takes typed parts for a turn."""
     with BUILDING:
         from transformers import AutoTokenizer
     if not (backbone / "tokenizer_config.json").is_file():
