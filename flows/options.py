@@ -51,8 +51,11 @@ def overrides_of(
 
 def no_data(recipe: Recipe, path: Path) -> GraftlineError:
     """Why nothing can be planned, and what to do."""
-    own = [name for name in recipe.order if recipe.modality(name).data is not None]
-    if own:
+    from tasks.own_data import in_folder, known_data
+
+    known, _ = known_data(recipe)
+    missing = [name for name in recipe.order if known is None or name not in known.files]
+    if own := [name for name in missing if name not in in_folder(recipe)]:
         return GraftlineError(
             f"{path}: rows of {', '.join(own)} are still to be imported, so nothing can be "
             f"planned; run: graftline data import {path}"

@@ -8,7 +8,6 @@ they lie, and loading compares them with their manifests.
 from __future__ import annotations
 
 import base64
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         media = []
         for modality in self.asker.modalities:
             text = row.get(modality)
-            if text is None or text == "" or (isinstance(text, float) and math.isnan(text)):
+            if (pd.api.types.is_scalar(text) and pd.isna(text)) or text == "":
                 continue  # not shown: a column has a cell in every row
             paths.append(folder / f"{label}, {modality}")
             paths[-1].write_bytes(_decoded(text, f"{label}, {modality}"))

@@ -186,8 +186,9 @@ class Asker:
         Raises:
             GraftlineError: it is longer than the model can take, answer included.
         """
-        prompts, limit = self._prompts
-        prompt = encode_conversation(prompts, turns)
+        with self._one_at_a_time:
+            prompts, limit = self._prompts
+            prompt = encode_conversation(prompts, turns)
         if limit is not None and len(prompt.token_ids) + self.max_new_tokens > limit:
             raise TooLong(
                 f"the conversation takes {len(prompt.token_ids)} tokens and the answer up to "

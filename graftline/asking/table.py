@@ -15,7 +15,7 @@ from graftline.asking.conversation import Shown, Turn, check_question
 from graftline.data.files import inside, open_text
 from graftline.durable import atomic_write_text
 from graftline.errors import GraftlineError
-from graftline.progress import track
+from graftline.progress import Advance, track
 
 QUESTION, ANSWER = "question", "answer"
 _LONGEST_LIST = 50
@@ -151,8 +151,10 @@ def answer_table(table: QuestionTable, asker: Asker, out: Path, batch: int) -> N
     answers: list[str] = []
     for start in range(0, len(table.rows), _SORTED * batch):
         rows = table.rows[start : start + _SORTED * batch]
-        label = f"answer {start + 1} to {start + len(rows)} of {len(table.rows)}"
-        answers += asker.answer(_conversations(rows, asker, batch), label=label, batch=batch)
+        which = f"{start + 1} to {start + len(rows)} of {len(table.rows)}"
+        with track(f"encode {which}", len(rows)) as advance:
+            conversations = _conversations(rows, asker, batch, advance)
+        answers += asker.answer(conversations, label=f"answer {which}", batch=batch)
     stream = io.StringIO(newline="")
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([*table.columns, ANSWER])
@@ -160,7 +162,9 @@ def answer_table(table: QuestionTable, asker: Asker, out: Path, batch: int) -> N
     atomic_write_text(out, stream.getvalue())
 
 
-def _conversations(rows: Sequence[AskedRow], asker: Asker, batch: int) -> list[list[Turn]]:
+def _conversations(
+    rows: Sequence[AskedRow], asker: Asker, batch: int, advance: Advance
+) -> list[list[Turn]]:
     """Rows with their media encoded, so many at a time."""
     found: list[list[Turn]] = []
     for start in range(0, len(rows), batch):
@@ -171,4 +175,5 @@ def _conversations(rows: Sequence[AskedRow], asker: Asker, batch: int) -> list[l
         for row in some:
             own = tuple(next(shown) for _ in row.media)
             found.append([Turn(own, row.question)])
+        advance("", len(some))
     return found
