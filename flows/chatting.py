@@ -57,11 +57,13 @@ class Chat:
         elif name == "clear":
             self.turns, self.media = [], []
             self._note("forgotten: the conversation starts anew")
-        elif name in self._commands:
+        elif (word := self._commands.get(name, name)) in self._commands.values() or (
+            self._asker.shows(word)
+        ):
             path = rest.strip().strip("\"'")
             if not path:
                 raise GraftlineError(f"/{name} FILE: name a file")
-            pair = (self._commands[name], Path(path).expanduser())
+            pair = (self._asker.called(word), Path(path).expanduser())
             self.media += show(self._asker, [pair], self._console)
             self._note(f"{path}: goes with the next question")
         else:

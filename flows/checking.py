@@ -117,9 +117,10 @@ def raise_problems(recipe: Recipe, found: list[Checked]) -> None:
     listed = problems[:_LISTED]
     if len(problems) > _LISTED:
         listed.append(f"... and {len(problems) - _LISTED} more; all: {data_folder(recipe.name)}")
+    skip = ", or go on without them by `modalities.<name>.data.bad_rows: skip`"
     raise GraftlineError(
         f"the data of {recipe.name} have {len(problems)} problem(s); mend these rows"
-        + (", or go on without them by `bad_rows: skip`" if requests_of(recipe) else "")
+        + (skip if requests_of(recipe) else "")
         + ":\n  "
         + "\n  ".join(listed)
     )

@@ -129,7 +129,10 @@ def table(
 
         folders = [folder for folder in folders if folder.parent.name in COMPOSITIONS]
     if not folders:
-        raise GraftlineError(f"no run of {recipe} is finished yet; run: graftline run {recipe}")
+        what, which = ("composition", " --method mmer") if composition else ("run", "")
+        raise GraftlineError(
+            f"no {what} of {recipe} is finished yet; run: graftline run {recipe}{which}"
+        )
     text = summary_of(folders, compose_folder(name) if composition else None)
     out.print(text, soft_wrap=True, markup=False, highlight=False)
 

@@ -20,6 +20,7 @@ def plan(
     """Print a recipe's problems, its steps and what they will cost; nothing is computed."""
     chosen = checked(recipe, overrides_of(method, seed, settings))
     from flows import planning
+    from graftline.problems import problems_error
     from tasks.outputs import usual_order
 
     prospect = planning.look_ahead(chosen, usual_order(recipe))
@@ -31,4 +32,4 @@ def plan(
         if prospect.costs is not None:
             out.print(planning.cost_table(prospect))
     if prospect.problems:
-        raise planning.problems_error(recipe, prospect.problems)
+        raise problems_error(recipe, prospect.problems)

@@ -17,6 +17,7 @@ from flows.slots import Job
 from graftline.costs import Window
 from graftline.execution import is_done
 from graftline.plan import Step
+from graftline.problems import require_possible
 from graftline.recipe import Recipe
 from graftline.recipe_reading import load_recipe
 from graftline.run_plan import RunPlan, plan_run
@@ -72,6 +73,7 @@ def run_once(
     folder = report_folder(recipe, usual)
     with opened_run(recipe, folder) as record:
         data = versioned(recipe)
+        require_possible(recipe, data.files)
         plan = plan_run(recipe, data.files)
 
         def finish(place: Place, model_id: str | None) -> None:

@@ -60,9 +60,15 @@ def no_data(recipe: Recipe, path: Path) -> GraftlineError:
             f"{path}: rows of {', '.join(own)} are still to be imported, so nothing can be "
             f"planned; run: graftline data import {path}"
         )
+    if known is not None:
+        return GraftlineError(
+            f"{recipe.data.folder} holds no rows of {', '.join(missing)}, so nothing can be "
+            f"planned; put them there as <name>/<split>.parquet, or take {', '.join(missing)} out "
+            "of order"
+        )
     return GraftlineError(
-        f"{recipe.data.folder} does not hold all data of {path} yet, so nothing can be planned; "
-        "run: graftline data build"
+        f"{recipe.data.folder} holds no data yet, so nothing can be planned; run: "
+        "graftline data build"
     )
 
 

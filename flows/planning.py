@@ -257,9 +257,3 @@ def _flops(count: float | None) -> str:
 def _scaled(value: float, unit: str, prefixes: Sequence[str]) -> str:
     power = 0 if value < 1 else min(len(prefixes) - 1, int(math.log10(value) // 3))
     return f"{value / 1000**power:.3g} {prefixes[power]}{unit}"
-
-
-def problems_error(path: Path, problems: Sequence[str]) -> GraftlineError:
-    """The error that lists all problems of a recipe."""
-    listed = "\n".join(f"  - {line}" for line in problems)
-    return GraftlineError(f"{path}: {len(problems)} problem(s) stand in the way:\n{listed}")

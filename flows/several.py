@@ -13,6 +13,7 @@ from flows.continual import opened_run, run_once
 from flows.data import versioned
 from flows.dispatch import compute_lacking
 from graftline.plan import Step
+from graftline.problems import require_possible
 from graftline.recipe_reading import load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.stores import open_store
@@ -70,6 +71,7 @@ def run_all(
         return
     first = plans[0].recipe
     for plan in plans:
+        require_possible(plan.recipe, data.files)
         check_folders(plan.recipe, report_folder(plan.recipe, usual))
     if first.execution.where == "here":
         steps = {name: step for plan in plans for name, step in plan.steps.items()}

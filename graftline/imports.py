@@ -147,7 +147,8 @@ def problem_list(modality: str, problems: tuple[str, ...]) -> str:
         lines.append(f"... and {len(problems) - _LONGEST_LIST} more")
     return (
         f"{modality}: its data have {len(problems)} problem(s); mend these rows, or go on without "
-        "them by `bad_rows: skip`:\n  " + "\n  ".join(lines)
+        f"them by `modalities.{modality}.data.bad_rows: skip` (a medium in two splits is never "
+        "skipped):\n  " + "\n  ".join(lines)
     )
 
 

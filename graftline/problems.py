@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -46,6 +46,23 @@ def recipe_problems(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]])
     return [*problems, *_rule_problems(recipe), *_device_problems(recipe)]
 
 
+def require_possible(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises a GraftlineError that lists what `recipe_problems` finds, before anything is computed.
+
+    Args:
+        recipe: as for `recipe_problems`.
+        data_files: so, too.
+    """
+    if problems := recipe_problems(recipe, data_files):
+        raise problems_error(recipe.name, problems)
+
+
+def problems_error(called: object, problems: Sequence[str]) -> GraftlineError:
+    """The error that lists all problems of a recipe."""
+    listed = "\n".join(f"  - {line}" for line in problems)
+    return GraftlineError(f"{called}: {len(problems)} problem(s) stand in the way:\n{listed}")
+
+
 def _connector_problems(recipe: Recipe) -> list[str]:
     """Resamplers where a method works on what the last layer of a connector reads as a vector."""
     corrects = recipe.method in _REALIGNING and recipe.realign.start == "corrected"
@@ -77,7 +94,7 @@ def _rule(where: str, name: str, values: Mapping[str, Any], experts: int) -> lis
 
 def _device_problems(recipe: Recipe) -> list[str]:
     name = recipe.execution.device
-    if name == "auto":
+    if name == "auto" or recipe.execution.where != "here":
         return []
     try:
         torch.empty(0, device=name)

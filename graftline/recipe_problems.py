@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -27,9 +27,10 @@ def described(problem: Any, recipe: type[BaseModel]) -> str:
         choices = [choice.strip(" '") for choice in _choices(problem)]
         given = str(problem["input"])
         return f"{where}: {given!r} is not one of {', '.join(choices)}{nearest(given, choices)}"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"[
-        :400
-    ]
+    said = f"{where}: {problem['msg'].removeprefix('Value error, ')}"
+    if isinstance(problem["input"], Mapping):  # the recipe itself, or a whole section of it
+        return said
+    return f"{said} (given: {problem['input']!r})"[:400]
 
 
 def nearest(given: str, valid: Sequence[str]) -> str:

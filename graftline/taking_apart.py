@@ -234,6 +234,8 @@ def _described(out: Path, joint: Joint, called: str, precision: str) -> Descript
 
 def _opened(folder: Path) -> tuple[Joint, Any, str]:
     """How a folder's parts go together, the whole model in float32, and its weights' own dtype."""
+    if not folder.is_dir():
+        raise GraftlineError(f"{folder}: there is no such folder")
     with BUILDING:
         import transformers
 

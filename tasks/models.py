@@ -30,7 +30,7 @@ from graftline.recipe_reading import RecipeError, load_recipe
 from graftline.run_plan import RunPlan, plan_run
 from graftline.stores import open_store
 from tasks.outputs import EXPORTED, alias_of, read_object, report_folder, usual_order
-from tasks.own_data import known_data
+from tasks.own_data import in_folder, known_data
 from tasks.references import DataVersion
 
 RECIPES = Path("params")
@@ -114,13 +114,20 @@ def _from_recipe(path: Path, overrides: Mapping[str, Any], stage: int | None) ->
     data, problems = known_data(recipe)
     if problems:
         raise GraftlineError("\n".join(problems))
-    if data is None:
+    if data is None and in_folder(recipe):
         raise GraftlineError(
             f"{recipe.data.folder}: the data's version names the model, and neither the folder "
             f"nor its .dvc file is here. Run the recipe, or ask an exported folder."
         )
-    missing = [name for name in recipe.order if name not in data.files]
+    missing = [name for name in recipe.order if data is None or name not in data.files]
     if missing:
+        own = [name for name in missing if recipe.modality(name).data is not None]
+        if own:
+            raise GraftlineError(
+                f"{path}: the rows of {', '.join(own)} are others than those that were imported; "
+                f"put them back, or run: graftline run {path}. A model that was exported can be "
+                "asked whatever becomes of its rows."
+            )
         raise GraftlineError(f"{data.source}: holds no rows of {', '.join(missing)}")
     plan = plan_run(recipe, data.files)
     parts = parts_of_plan(plan, open_store(recipe.store), stage)

@@ -78,12 +78,16 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         media = []
         for modality in self.asker.modalities:
             text = row.get(modality)
-            if (pd.api.types.is_scalar(text) and pd.isna(text)) or text == "":
+            if _is_empty(text):
                 continue  # not shown: a column has a cell in every row
             paths.append(folder / f"{label}, {modality}")
             paths[-1].write_bytes(_decoded(text, f"{label}, {modality}"))
             media.append(self.asker.read(paths[-1], modality))
         return self.asker.show(media, paths)
+
+
+def _is_empty(cell: object) -> bool:
+    return bool(pd.api.types.is_scalar(cell) and pd.isna(cell)) or cell == ""
 
 
 def _question(given: object) -> str:

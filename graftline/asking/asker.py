@@ -192,7 +192,8 @@ class Asker:
         if limit is not None and len(prompt.token_ids) + self.max_new_tokens > limit:
             raise TooLong(
                 f"the conversation takes {len(prompt.token_ids)} tokens and the answer up to "
-                f"{self.max_new_tokens}; this model reads {limit}. Ask with fewer media and words."
+                f"{self.max_new_tokens}; this model reads {limit}. Ask with fewer media and words, "
+                "or for a shorter answer (--max-new-tokens)."
             )
         return prompt
 

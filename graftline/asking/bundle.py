@@ -258,6 +258,8 @@ def read_description(folder: Path) -> Description:
         GraftlineError: a file is missing, surplus or changed, or this version of Graftline has
             other encoders than the model was made with.
     """
+    if not folder.is_dir():
+        raise GraftlineError(f"{folder}: there is no such folder")
     try:
         manifest = read_manifest(folder)
         verify_folder(folder, KIND, str(manifest["fingerprint"]), full=True)

@@ -104,7 +104,8 @@ def parts_of_plan(plan: RunPlan, store: Store, stage: int | None = None) -> Part
     if missing:
         raise GraftlineError(
             f"{recipe.name}, {recipe.method}, seed {recipe.seed}: {len(missing)} part(s) of the "
-            f"model are not in {store.root}: {', '.join(missing)}. Run the recipe first."
+            f"model are not in {store.root}: {', '.join(missing)}. Run the recipe first, "
+            f"with --method {recipe.method} --seed {recipe.seed}."
         )
     backbones = {reference: folder / "backbone" for reference, folder in folders.items()}
     return Parts(

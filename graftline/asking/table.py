@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from graftline.data.files import inside, open_text
 from graftline.durable import atomic_write_text
 from graftline.errors import GraftlineError
 from graftline.progress import Advance, track
+from graftline.recipe import KINDS
 
 QUESTION, ANSWER = "question", "answer"
 _LONGEST_LIST = 50
@@ -71,6 +73,13 @@ def read_questions(path: Path, asker: Asker) -> QuestionTable:
         )
     if ANSWER in columns:
         raise GraftlineError(f"{path}: has a column `answer` already; rename or remove it")
+    for name in columns:
+        near = get_close_matches(name, [*KINDS, *asker.modalities], 1, cutoff=0.8)
+        if near and not asker.shows(name):
+            raise GraftlineError(
+                f"{path}: the column {name!r} would only be copied; if it names media, call it "
+                f"{near[0]!r}, else by a word that is less like it"
+            )
     if not lines:
         raise GraftlineError(f"{path}: has no rows below its header")
     rows: list[AskedRow] = []

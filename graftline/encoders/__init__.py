@@ -28,6 +28,13 @@ from graftline.model_settings import (
 )
 from graftline.step_code import source_digest
 
+TAKES = {
+    "efficientnet-lite0": "image",
+    "whisper-tiny.en": "audio",
+    "efficientnet-lite0-frames": "video",
+    "basis-point-set": "point_cloud",
+}
+"""The starter's encoders, and what each of them encodes."""
 SIZE = "expected"
 """The part of an encoder's settings that only a plan reads."""
 
@@ -139,6 +146,8 @@ def encoder_problem(encoder: str | OwnEncoder, media: str) -> str | None:
             return f"takes arrays, and the rows hold {media}; write media: features"
         elif media == FEATURES and isinstance(encoder, str) and encoder != FEATURES:
             return f"{encoder} takes no features; write source: features or source: python"
+        elif isinstance(encoder, str) and TAKES.get(encoder, media) != media:
+            return f"{encoder} encodes {TAKES[encoder]}, and the rows hold {media}"
         problem = pin_problem(encoder) if isinstance(encoder, Pretrained) else None
         if problem is None:
             describe_encoder(encoder, media)

@@ -65,6 +65,12 @@ def test_two_folders_become_a_model_that_answers(
         assert "Which? -> " in sheet.with_suffix(".txt").read_text()
     imported = {name for name in project.artifacts() if name.startswith("artifacts/rows/")}
     assert len(imported) == 2
+    wrong = ("modalities.photo.encoder=whisper-tiny.en", "execution.device=cuda:99")
+    code, text = project.run(*run, *SETTINGS, *(w for each in wrong for w in ("--set", each)))
+    assert code == 1 and "Traceback" not in text, text
+    flat = " ".join(text.split())
+    assert "whisper-tiny.en encodes audio, and the rows hold image" in flat
+    assert "execution.device: cuda:99 cannot be used here" in flat
     code, text = project.run(*run, *SETTINGS)
     assert code == 0, text
     metrics = json.loads((project.folder / "reports/mine/finetune/seed-0/metrics.json").read_text())

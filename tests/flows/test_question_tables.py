@@ -81,6 +81,7 @@ def test_all_bad_rows_are_listed_before_anything_is_asked(used, tmp_path, monkey
         (b"image,text\na,b\n", "no column `question`"),
         (b"question,answer\na,b\n", "`answer` already"),
         (b"question,question\na,b\n", "more than once"),
+        (b"imagee,question\na,b\n", "if it names media, call it 'image'"),
         (b"question\n\xff\xfe\n", "not UTF-8"),
         (b'question\n"a\n', "not a readable CSV"),
     ],
