@@ -57,9 +57,7 @@ class Chat:
         elif name == "clear":
             self.turns, self.media = [], []
             self._note("forgotten: the conversation starts anew")
-        elif (word := self._commands.get(name, name)) in self._commands.values() or (
-            self._asker.shows(word)
-        ):
+        elif self._asker.shows(word := self._commands.get(name, name)):
             path = rest.strip().strip("\"'")
             if not path:
                 raise GraftlineError(f"/{name} FILE: name a file")

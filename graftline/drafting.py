@@ -12,16 +12,10 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from graftline.model_settings import STARTERS
 from graftline.recipe import KINDS, ModalitySettings, Recipe
 from graftline.recipe_reading import RecipeError, load_recipe
 
-ENCODERS: Mapping[str, str] = {
-    "image": "efficientnet-lite0",
-    "audio": "whisper-tiny.en",
-    "video": "efficientnet-lite0-frames",
-    "point_cloud": "basis-point-set",
-}
-"""Kind of media -> the encoder that a new recipe takes; for features it is the rows themselves."""
 CONNECTOR = {"tokens": 4, "hidden": 64}
 SETTINGS: Mapping[str, Any] = {
     "align": {"steps": 12, "batch_size": 8, "learning_rate": 2e-4},
@@ -89,7 +83,7 @@ def draft(
         "order": [_named(each)[0] for each in modalities],
         "modalities": {
             each: {
-                "encoder": ENCODERS.get(kind, kind),
+                "encoder": STARTERS.get(kind, kind),
                 **({} if kind == each else {"media": kind}),
                 **({"data": {"folder": folders[each]}} if each in folders else {}),
                 "connector": CONNECTOR,

@@ -225,3 +225,12 @@ class EstimateSettings(Part):
     row_tokens: dict[str, float] = Field(
         default_factory=dict, description="modality -> tokens of a row, medium and text"
     )
+
+
+STARTERS: Mapping[str, str] = {
+    "image": "efficientnet-lite0",
+    "audio": "whisper-tiny.en",
+    "video": "efficientnet-lite0-frames",
+    "point_cloud": "basis-point-set",
+}
+"""Kind of media -> the starter's encoder, which a new recipe takes; features need none."""

@@ -77,7 +77,8 @@ def bytes_needed(plan: RunPlan, store: Store) -> int:
     execution = plan.recipe.execution
     at_once = min(execution.slots, execution.fine_tunings)
     # The one before is removed when a checkpoint is whole.
-    checkpoints = 2 * training * at_once if any(_trains(step) for step in heavy) else 0
+    trains = any(step.kind.endswith("fine-tune") for step in heavy)
+    checkpoints = 2 * training * at_once if trains else 0
     written = len(heavy) + sum(step.kind == "fisher" for step in heavy)  # that is in float32
     features = [s for s in todo if s.kind == "features"]
     encoded = [feature_bytes(s, plan.recipe, ENCODER_SHAPES) or 0 for s in features]
@@ -85,10 +86,6 @@ def bytes_needed(plan: RunPlan, store: Store) -> int:
     recorded = sum(_logits_bytes(step, plan.recipe) for step in todo if step.kind == "logits")
     small = (len(todo) - len(heavy)) * _SMALL_STEP_BYTES
     return written * size + checkpoints + cached + recorded + small
-
-
-def _trains(step: Step) -> bool:
-    return step.kind.endswith("fine-tune")
 
 
 def _logits_bytes(step: Step, recipe: Recipe) -> int:

@@ -19,6 +19,7 @@ from graftline.model.encoders import Encoder, encoder_identity, load_encoder
 from graftline.model.pretrained import check_trust, folder_of, identity, pin_problem
 from graftline.model_settings import (
     ENCODER_PARTS,
+    STARTERS,
     FeatureRows,
     OwnEncoder,
     Pretrained,
@@ -28,12 +29,7 @@ from graftline.model_settings import (
 )
 from graftline.step_code import source_digest
 
-TAKES = {
-    "efficientnet-lite0": "image",
-    "whisper-tiny.en": "audio",
-    "efficientnet-lite0-frames": "video",
-    "basis-point-set": "point_cloud",
-}
+TAKES = {encoder: kind for kind, encoder in STARTERS.items()}
 """The starter's encoders, and what each of them encodes."""
 SIZE = "expected"
 """The part of an encoder's settings that only a plan reads."""

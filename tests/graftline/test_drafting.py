@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from graftline.drafting import ENCODERS, draft
+from graftline.drafting import draft
+from graftline.model_settings import STARTERS
 from graftline.problems import recipe_problems
 from graftline.recipe import ConnectorSettings, Recipe
 from graftline.recipe_reading import RecipeError, load_recipe
@@ -30,7 +31,7 @@ def _parts(part: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def test_with_all_modalities_it_is_the_starter(tmp_path):
-    found = _loaded(tmp_path, draft("starter", "mera", list(ENCODERS), SMOLLM2))
+    found = _loaded(tmp_path, draft("starter", "mera", list(STARTERS), SMOLLM2))
     starter = load_recipe(ROOT / "params/starter.yaml")
     for name in ("compose", "distil", "mera_plus", "rivals", "methods"):
         own = Recipe.model_fields[name].get_default(call_default_factory=True)
