@@ -22,7 +22,7 @@ from starter_parts import artifacts, expert
 from graftline.data.examples import ExampleSet, question_batches
 from graftline.evaluation.answering import answer_all
 from graftline.model.loading import LoadedModel
-from graftline.recipe_reading import load_recipe
+from graftline.settings.reading import load_recipe
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from starter_parts import artifacts, optimizer_of, untrained
 from graftline.data.rows import decode, read_split
 from graftline.encoders import describe_encoder, open_encoder
 from graftline.model.multimodal import Batch
-from graftline.recipe_reading import load_recipe
+from graftline.settings.reading import load_recipe
 
 
 def main() -> None:

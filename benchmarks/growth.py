@@ -31,13 +31,13 @@ from safetensors.torch import load_file, save_file
 from graftline.data.build import by_modality, checksums
 from graftline.data.examples import ROWS, replay_rows
 from graftline.data.rows import SPLITS
-from graftline.execution import execute, recorded_seconds
 from graftline.methods import method_named
-from graftline.plan import Planner, Reference, Step
+from graftline.planning.plan import Planner, Reference, Step
 from graftline.recipe import Recipe
-from graftline.recipe_reading import load_recipe
+from graftline.settings.reading import load_recipe
+from graftline.steps.execution import execute, recorded_seconds
+from graftline.steps.work import Machine
 from graftline.store import Store
-from graftline.work import Machine
 
 COUNTS = (2, 4, 8, 16)
 PARTS = 4

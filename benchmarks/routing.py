@@ -25,7 +25,7 @@ from graftline.model.routing import (
     routed,
     unroute_backbone,
 )
-from graftline.work import open_backbone
+from graftline.steps.work import open_backbone
 
 MODALITIES = 4
 

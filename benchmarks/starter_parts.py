@@ -17,11 +17,11 @@ from graftline.model.loading import (
     read_connector,
     read_record,
 )
+from graftline.planning.run import plan_run
 from graftline.recipe import Recipe
-from graftline.run_plan import plan_run
+from graftline.steps.work import open_backbone
 from graftline.stores import open_store
 from graftline.training.optimizer import MasterAdamW, ParameterGroup
-from graftline.work import open_backbone
 
 
 def artifacts(recipe: Recipe, modality: str) -> dict[str, Path]:

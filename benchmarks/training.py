@@ -39,7 +39,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from graftline.model.backbone import load_backbone
 from graftline.model.multimodal import IGNORED, Batch
 from graftline.recipe import Recipe
-from graftline.recipe_reading import load_recipe
+from graftline.settings.reading import load_recipe
 
 WARM_UP = 2
 

@@ -11,9 +11,9 @@ from prefect import flow
 
 from flows.continual import carry_out_run, opened_run
 from flows.data import versioned
-from graftline.adding import check_recipe, plan_addition, take_in
 from graftline.asking.bundle import refuse_existing
-from graftline.recipe_reading import load_recipe
+from graftline.exchange.adding import check_recipe, plan_addition, take_in
+from graftline.settings.reading import load_recipe
 from graftline.stores import open_store
 from tasks.addition import export_addition
 from tasks.outputs import addition_folder

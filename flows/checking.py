@@ -12,9 +12,9 @@ from graftline.data.checking import Checked, check_folder, checked
 from graftline.data.rows import SPLITS
 from graftline.data.sources.importing import Imported, Request
 from graftline.errors import GraftlineError
-from graftline.imports import OwnRows, hashes_of, requests_of, rows_of
 from graftline.progress import shown
 from graftline.recipe import Recipe
+from graftline.steps.imports import OwnRows, hashes_of, requests_of, rows_of
 from graftline.stores import open_store
 from tasks.data import bar
 from tasks.outputs import data_folder

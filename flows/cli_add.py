@@ -38,8 +38,8 @@ def add(
     overrides = overrides_of(method, seed, settings)
     chosen = checked(recipe, overrides)
     from flows.running import run_addition
-    from graftline.adding import check_recipe
     from graftline.asking.bundle import refuse_existing
+    from graftline.exchange.adding import check_recipe
 
     refuse_existing(folder)  # both before a server starts
     check_recipe(chosen, model)

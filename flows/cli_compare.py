@@ -20,7 +20,7 @@ from flows.options import (
 from tasks.environment import prepare
 
 if TYPE_CHECKING:
-    from graftline.comparison import Comparison
+    from graftline.planning.comparison import Comparison
     from graftline.recipe import Recipe
 
 
@@ -68,7 +68,7 @@ def compare(
         "orders": orders,
         "order_seeds": order_seeds,
     }
-    from graftline.comparison import comparison_of
+    from graftline.planning.comparison import comparison_of
 
     wanted = comparison_of(chosen.order, **arguments)  # its problems, before anything starts
     if budget:
@@ -105,7 +105,7 @@ def _budget(
     data = whole_data(recipe)
     if data is None:
         return None
-    from graftline.budget import budget_of, plans_of
+    from graftline.planning.budget import budget_of, plans_of
     from graftline.stores import open_store
     from tasks.comparing import reported_runs
     from tasks.outputs import usual_order

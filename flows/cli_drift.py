@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from graftline.drifting import ConnectorDrift
+    from graftline.evaluation.drifting import ConnectorDrift
     from graftline.recipe import Recipe
 
 
@@ -41,10 +41,10 @@ def drift(
     chosen = checked(recipe, overrides_of(method, seed, settings))
     from pathlib import Path
 
-    from graftline.drifting import connector_drifts
+    from graftline.evaluation.drifting import connector_drifts
     from graftline.progress import shown
+    from graftline.steps.work import Machine
     from graftline.stores import open_store
-    from graftline.work import Machine
     from tasks.outputs import usual_order
     from tasks.own_data import whole_data
 

@@ -18,7 +18,7 @@ def take_apart(
 ) -> None:
     """Take a multimodal model apart into backbone, encoder and connector, and check them."""
     from graftline.asking.bundle import DESCRIPTION
-    from graftline.taking_apart import take_apart as carry_out
+    from graftline.exchange.taking_apart import take_apart as carry_out
 
     difference = carry_out(folder, target)
     what = f"{target}: backbone, encoder and connector; together they give the whole's logits "
@@ -56,9 +56,9 @@ def combine(
     seed: Annotated[int, typer.Option(help="Seed of random choices (dare-ties).")] = 0,
 ) -> None:
     """Make one model of several that were trained from one LLM, each with its own modalities."""
-    from graftline.combining import combine as carry_out
+    from graftline.exchange.combining import combine as carry_out
     from graftline.progress import shown
-    from graftline.recipe_reading import parse_override
+    from graftline.settings.reading import parse_override
 
     given = dict(parse_override(text) for text in settings or [])
     with shown(console):

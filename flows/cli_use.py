@@ -191,8 +191,8 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
     """Write a recipe that runs, with a comment at every key."""
-    from graftline.drafting import draft
     from graftline.durable import atomic_write_text
+    from graftline.settings.drafting import draft
 
     if file.exists() and not force:
         raise GraftlineError(f"{file}: is there already; choose another --out, or add --force")

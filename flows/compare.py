@@ -12,11 +12,11 @@ from prefect import flow
 from flows.continual import opened_run
 from flows.data import versioned
 from flows.several import run_all
-from graftline.budget import plans_of
-from graftline.comparison import BASELINE, WantedRun, comparison_of
-from graftline.plan import Reference
-from graftline.recipe_reading import load_recipe
-from graftline.run_plan import RunPlan
+from graftline.planning.budget import plans_of
+from graftline.planning.comparison import BASELINE, WantedRun, comparison_of
+from graftline.planning.plan import Reference
+from graftline.planning.run import RunPlan
+from graftline.settings.reading import load_recipe
 from tasks.comparing import (
     comparison_tags,
     is_finished,
@@ -51,7 +51,7 @@ def compare(
         recipe_path: `params/*.yaml`.
         methods: names of methods; every continual one if empty.
         seeds: numbers with commas between them.
-        orders: `default`, `latin`, `all` or a list; see `graftline.comparison`.
+        orders: `default`, `latin`, `all` or a list; see `graftline.planning.comparison`.
         order_seeds: the seeds of other orders than the recipe's; the same if `None`.
         also: names of other recipes whose finished reports come beside, if they have all runs.
         trust_reports: a run whose report is of this very plan is finished, even if its artifacts

@@ -14,15 +14,15 @@ from prefect.runtime import flow_run
 from flows.data import versioned
 from flows.dispatch import carry_out_jobs, step_job
 from flows.slots import Job
-from graftline.costs import Window
-from graftline.execution import is_done
-from graftline.plan import Step
-from graftline.problems import require_possible
+from graftline.planning.costs import Window
+from graftline.planning.plan import Step
+from graftline.planning.run import RunPlan, plan_run
 from graftline.recipe import Recipe
-from graftline.recipe_reading import load_recipe
-from graftline.run_plan import RunPlan, plan_run
+from graftline.settings.problems import require_possible
+from graftline.settings.reading import load_recipe
+from graftline.steps.execution import is_done
+from graftline.steps.work import Machine
 from graftline.stores import open_store
-from graftline.work import Machine
 from tasks.dispatch import check_machines
 from tasks.interruption import closed_when_stopped
 from tasks.outputs import model_alias, report_folder, run_name, usual_order

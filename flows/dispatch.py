@@ -9,10 +9,10 @@ from typing import Any
 from prefect.futures import PrefectFuture
 
 from flows.slots import Job, carry_out
-from graftline.execution import is_done
-from graftline.plan import Step
+from graftline.planning.plan import Step
+from graftline.planning.run import RunPlan
 from graftline.recipe import ExecutionSettings, Recipe
-from graftline.run_plan import RunPlan
+from graftline.steps.execution import is_done
 from graftline.stores import open_store
 from tasks.dispatch import Chain, on_a_worker
 from tasks.references import DataVersion, Place

@@ -10,14 +10,14 @@ from pathlib import Path
 from rich.console import Console
 
 from graftline import durable
-from graftline.adapter_folders import is_adapter, write_expert
 from graftline.errors import GraftlineError
-from graftline.kinship import require_kin
+from graftline.exchange.adapter_folders import is_adapter, write_expert
+from graftline.exchange.kinship import require_kin
 from graftline.merging.checkpoints import open_checkpoint
 from graftline.merging.elsewhere import fetch_checkpoint, is_elsewhere
 from graftline.merging.streaming import MergeReport, MergeRequest, merge_checkpoints
 from graftline.progress import shown
-from graftline.recipe_reading import parse_override
+from graftline.settings.reading import parse_override
 from graftline.weight_files import Entry, Origin
 
 

@@ -39,7 +39,7 @@ def overrides_of(
     method: str | None, seed: int | None, settings: list[str] | None
 ) -> dict[str, Any]:
     """Dotted key -> value, of what a command line says."""
-    from graftline.recipe_reading import parse_override
+    from graftline.settings.reading import parse_override
 
     overrides = dict(parse_override(text) for text in settings or [])
     if method is not None:
@@ -74,6 +74,6 @@ def no_data(recipe: Recipe, path: Path) -> GraftlineError:
 
 def checked(path: Path, overrides: dict[str, Any]) -> Recipe:
     """The recipe, or an error that lists its problems; imports what it needs only now."""
-    from graftline.recipe_reading import load_recipe
+    from graftline.settings.reading import load_recipe
 
     return load_recipe(path, overrides)

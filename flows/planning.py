@@ -14,11 +14,11 @@ from rich.table import Table
 
 from graftline.durable import nearest
 from graftline.errors import GraftlineError
-from graftline.forecast import Forecast, estimate_row_tokens, forecast
 from graftline.manifest import CorruptArtifact
-from graftline.problems import recipe_problems
+from graftline.planning.forecast import Forecast, estimate_row_tokens, forecast
+from graftline.planning.run import RunPlan, plan_run
 from graftline.recipe import Recipe
-from graftline.run_plan import RunPlan, plan_run
+from graftline.settings.problems import recipe_problems
 from graftline.store import Store
 from graftline.stores import open_store
 from tasks.outputs import report_folder

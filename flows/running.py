@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from graftline.recipe import Recipe
-from graftline.recipe_reading import load_recipe
+from graftline.settings.reading import load_recipe
 from tasks.server import Server
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def run_addition(
 
 
 def _say_if_widened(recipe: Recipe, console: Console) -> None:
-    from graftline.work import is_widened
+    from graftline.steps.work import is_widened
 
     if is_widened(recipe):
         console.print(

@@ -12,9 +12,9 @@ import yaml
 
 from flows.running import run_several
 from graftline.methods.search import Search, Trial, best_of, search_of, write_trials
+from graftline.planning.run import plan_run
 from graftline.recipe import Recipe
-from graftline.recipe_reading import load_recipe, set_dotted
-from graftline.run_plan import plan_run
+from graftline.settings.reading import load_recipe, set_dotted
 from graftline.stores import open_store
 from tasks.outputs import search_file
 
@@ -61,7 +61,7 @@ def trials_of(
 
 def budget(path: str, trials: Trials) -> str | None:
     """What a search will cost, from its plans and the store; `None` while there are no data."""
-    from graftline.budget import budget_of
+    from graftline.planning.budget import budget_of
     from tasks.own_data import whole_data
 
     data = whole_data(trials.recipe)

@@ -12,12 +12,12 @@ from prefect import flow
 from flows.continual import opened_run, run_once
 from flows.data import versioned
 from flows.dispatch import compute_lacking
-from graftline.plan import Step
-from graftline.problems import require_possible
-from graftline.recipe_reading import load_recipe
-from graftline.run_plan import RunPlan, plan_run
+from graftline.planning.plan import Step
+from graftline.planning.run import RunPlan, plan_run
+from graftline.settings.problems import require_possible
+from graftline.settings.reading import load_recipe
+from graftline.steps.work import Machine
 from graftline.stores import open_store
-from graftline.work import Machine
 from tasks.outputs import report_folder, run_name, usual_order
 from tasks.preflight import check_disk, check_folders
 from tasks.references import DataVersion, Place

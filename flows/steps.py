@@ -9,10 +9,10 @@ from typing import Any
 from prefect import flow
 
 from graftline.errors import GraftlineError
+from graftline.planning.run import RunPlan, plan_run
 from graftline.recipe import Recipe
-from graftline.run_plan import RunPlan, plan_run
+from graftline.steps.work import Machine
 from graftline.stores import open_store
-from graftline.work import Machine
 from tasks.references import Place
 from tasks.steps import TASKS, feature_share
 

@@ -1,4 +1,4 @@
-"""What the user wants: a recipe, as `recipe_reading` reads it from `params/*.yaml`."""
+"""What the user wants: a recipe, as `settings.reading` reads it from `params/*.yaml`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from graftline.model_settings import (
+from graftline.recipe_parts import Part as Part
+from graftline.recipe_parts import PhaseSettings as PhaseSettings
+from graftline.settings.models import (
     BackboneChoice,
     BackboneSize,
     ConnectorSettings,
     EncoderChoice,
     EstimateSettings,
 )
-from graftline.realign_settings import CorrectionSettings, DistilSettings, MeraPlusSettings
-from graftline.recipe_parts import Part as Part
-from graftline.recipe_parts import PhaseSettings as PhaseSettings
-from graftline.recipe_problems import nearest
-from graftline.rival_settings import LoraSettings as LoraSettings
-from graftline.rival_settings import RivalSettings
-from graftline.source_settings import SourceSettings
+from graftline.settings.realigning import CorrectionSettings, DistilSettings, MeraPlusSettings
+from graftline.settings.rivals import LoraSettings as LoraSettings
+from graftline.settings.rivals import RivalSettings
+from graftline.settings.sources import SourceSettings
+from graftline.settings.type_problems import nearest
 
 Modality = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 MediaKind = Literal["image", "audio", "video", "point_cloud", "features"]

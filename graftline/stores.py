@@ -25,7 +25,7 @@ def open_store(location: str | Path, verify: Literal["quick", "full"] = "full") 
     """
     if not is_shared(location):
         return Store(location, verify)
-    from graftline.shared_store import SharedStore
+    from graftline.sharing.store import SharedStore
 
     return SharedStore(str(location), verify)
 

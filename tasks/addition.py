@@ -10,12 +10,12 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from graftline.adding import Addition
 from graftline.asking.bundle import Description, describe_encoders, write_bundle
 from graftline.asking.card import model_card
 from graftline.asking.parts import Parts, parts_of_plan
 from graftline.durable import atomic_write_text
 from graftline.evaluation.report import read_report
+from graftline.exchange.adding import Addition
 from graftline.stores import open_store
 from tasks.outputs import ADDITION
 from tasks.references import DataVersion

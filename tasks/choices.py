@@ -11,8 +11,8 @@ from graftline.asking.bundle import is_bundle
 from graftline.asking.parts import Parts
 from graftline.errors import GraftlineError
 from graftline.methods import Stage
-from graftline.recipe_reading import load_recipe
-from graftline.run_plan import plan_run
+from graftline.planning.run import plan_run
+from graftline.settings.reading import load_recipe
 from graftline.store import Store
 from graftline.stores import open_store
 from tasks.models import find_parts

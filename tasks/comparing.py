@@ -11,8 +11,6 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from graftline.comparison import WantedRun
-from graftline.costs import seconds_by_activity
 from graftline.durable import atomic_write_text
 from graftline.errors import GraftlineError
 from graftline.evaluation.bootstrap import Interval
@@ -26,9 +24,11 @@ from graftline.evaluation.comparison_pictures import (
 )
 from graftline.evaluation.comparison_table import TimeSpent, csv_text, markdown
 from graftline.evaluation.report import RunScores, read_report
-from graftline.execution import is_done
-from graftline.plan import Reference
-from graftline.run_plan import RunPlan
+from graftline.planning.comparison import WantedRun
+from graftline.planning.costs import seconds_by_activity
+from graftline.planning.plan import Reference
+from graftline.planning.run import RunPlan
+from graftline.steps.execution import is_done
 from graftline.stores import open_store
 from tasks import tracking
 from tasks.outputs import finished_reports, report_folder

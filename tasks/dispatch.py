@@ -23,11 +23,11 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 from graftline.errors import GraftlineError
-from graftline.plan import Step
+from graftline.planning.plan import Step
 from graftline.recipe import Recipe
+from graftline.steps.together import check_processes
+from graftline.steps.work import Machine
 from graftline.stores import is_shared
-from graftline.together import check_processes
-from graftline.work import Machine
 from tasks.patience import patiently
 from tasks.preflight import PreflightError
 from tasks.references import Place

@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from graftline.adding import tested_rows
 from graftline.asking.bundle import (
     BACKBONE_PARTS,
     Description,
@@ -25,9 +24,10 @@ from graftline.asking.parts import Parts, parts_of_plan, stage_of
 from graftline.errors import GraftlineError
 from graftline.evaluation.earlier import ended_at
 from graftline.evaluation.report import EXAMPLES, RunScores, metrics_of, read_report
+from graftline.exchange.adding import tested_rows
 from graftline.model.own_backbone import backbone_name
-from graftline.recipe_reading import RecipeError, load_recipe
-from graftline.run_plan import RunPlan, plan_run
+from graftline.planning.run import RunPlan, plan_run
+from graftline.settings.reading import RecipeError, load_recipe
 from graftline.stores import open_store
 from tasks.outputs import EXPORTED, alias_of, read_object, report_folder, usual_order
 from tasks.own_data import in_folder, known_data

@@ -11,8 +11,8 @@ from prefect.cache_policies import NO_CACHE
 
 from graftline.data.build import listing_md5
 from graftline.errors import GraftlineError
-from graftline.imports import OwnRows, files_of, hashes_of, known_rows, requests_of, rows_of
 from graftline.recipe import Recipe
+from graftline.steps.imports import OwnRows, files_of, hashes_of, known_rows, requests_of, rows_of
 from graftline.stores import open_store
 from tasks.data import bar, known_version
 from tasks.references import DataVersion

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from graftline.durable import nearest, why_unwritable
 from graftline.errors import GraftlineError
-from graftline.execution import is_done
-from graftline.forecast import ENCODER_SHAPES, BackboneShape, backbone_shape
-from graftline.inference_costs import feature_bytes, known_rows
-from graftline.model_settings import BackboneSource
-from graftline.plan import Step
+from graftline.planning.forecast import ENCODER_SHAPES, BackboneShape, backbone_shape
+from graftline.planning.inference import feature_bytes, known_rows
+from graftline.planning.plan import Step
+from graftline.planning.run import RunPlan
 from graftline.recipe import Recipe
-from graftline.run_plan import RunPlan
+from graftline.settings.models import BackboneSource
+from graftline.steps.execution import is_done
+from graftline.steps.work import DTYPES
 from graftline.store import Store
 from graftline.stores import machine_folder
-from graftline.work import DTYPES
 from tasks import tracking
 
 # bf16 folder of each backbone, in bytes; training keeps an fp32 copy and two moments beside it.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # it loads torch, which takes seconds
-    from graftline.work import Machine
+    from graftline.steps.work import Machine
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from prefect.cache_policies import NO_CACHE
 
 from graftline.asking.links import links_of
 from graftline.asking.parts import parts_of_plan
-from graftline.costs import Costs, Window, busy_seconds, costs_of, seconds_by_step
 from graftline.evaluation.pictures import score_matrix, scores_over_stages
 from graftline.evaluation.report import (
     COSTS,
@@ -30,9 +29,10 @@ from graftline.evaluation.report import (
     split_scores,
     write_report,
 )
-from graftline.plan import Model, Step
-from graftline.results import collect
-from graftline.run_plan import RunPlan, plan_run
+from graftline.evaluation.results import collect
+from graftline.planning.costs import Costs, Window, busy_seconds, costs_of, seconds_by_step
+from graftline.planning.plan import Model, Step
+from graftline.planning.run import RunPlan, plan_run
 from graftline.store import Store
 from graftline.stores import open_store
 from tasks import tracking

@@ -19,7 +19,7 @@ from types import TracebackType
 
 from graftline.durable import why_unwritable
 from graftline.errors import GraftlineError
-from graftline.supervised import start_child, stop_child, when_parent_ends
+from graftline.steps.supervised import start_child, stop_child, when_parent_ends
 
 HOME = Path(".prefect")
 UI_PORT = 4200

@@ -21,11 +21,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
 from prefect.tasks import exponential_backoff
 
-from graftline import feature_steps
-from graftline.execution import execute, is_done
-from graftline.plan import Reference, Step
-from graftline.run_plan import PlannedScore, RunPlan
-from graftline.step_code import CODE
+from graftline.planning.plan import Reference, Step
+from graftline.planning.run import PlannedScore, RunPlan
+from graftline.steps import features
+from graftline.steps.code import CODE
+from graftline.steps.execution import execute, is_done
 from graftline.store import Store
 from graftline.stores import open_store
 from tasks.patience import patiently
@@ -73,13 +73,13 @@ def carry_out(step: Step, place: Place) -> Reference:
 def _carry_out_share(step: Step, place: Place, number: int) -> None:
     """Encodes one share of a modality's media; nothing is recorded before all are joined."""
     with _slot(step.kind):
-        feature_steps.encode_share(step, open_store(place.store), place.machine, number)
+        features.encode_share(step, open_store(place.store), place.machine, number)
     _log.info("%s: share %d of %d done", step.title, number, place.machine.feature_shares)
 
 
 def _publish_rows(step: Step, place: Place) -> None:
     """Has the rows that a step encodes in the store, for machines without the data folder."""
-    feature_steps.publish_rows(step, open_store(place.store), place.machine)
+    features.publish_rows(step, open_store(place.store), place.machine)
 
 
 def note_reused(step: Step, place: Place) -> None:

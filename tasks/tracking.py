@@ -26,7 +26,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from graftline.errors import GraftlineError
-from graftline.plan import Step
+from graftline.planning.plan import Step
 from graftline.recipe import Recipe
 from tasks.journal import PROMISED, Journal, Refused
 from tasks.mlflow_calls import ENTRY, OPERATIONS, perform

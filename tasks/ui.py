@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable
 
 from graftline.errors import GraftlineError
-from graftline.supervised import start_child, stop_child, when_parent_ends
+from graftline.steps.supervised import start_child, stop_child, when_parent_ends
 from tasks import environment
 from tasks.server import Server
 

@@ -48,11 +48,12 @@ def test_wheel_works_in_a_clean_environment(tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     python = environment / "bin" / "python"
     code = (
-        "import flows.cli, flows.continual, tasks.steps, graftline.execution as e, graftline\n"
+        "import flows.cli, flows.continual, tasks.steps, graftline.steps.execution\n"
         "from pathlib import Path\n"
-        "print(Path(graftline.__file__).parent)\n"
-        "assert list(Path(e.__file__).parent.glob('evaluation/*.txt'))\n"
-        "assert list(Path(e.__file__).parent.glob('evaluation/*.html'))"
+        "home = Path(graftline.__file__).parent\n"
+        "print(home)\n"
+        "assert list(home.glob('evaluation/*.txt'))\n"
+        "assert list(home.glob('evaluation/*.html'))"
     )
     done = subprocess.run(
         [str(python), "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True

@@ -21,7 +21,7 @@ from graftline.model.loading import LoadedModel, read_record
 from graftline.model.multimodal import collate
 from graftline.model.prompts import EncodedPrompt, PromptEncoder
 from graftline.recipe import KINDS
-from graftline.work import device_named
+from graftline.steps.work import device_named
 
 BATCH = 32
 """Conversations that are answered together."""

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from graftline.asking.bundle import DATA_PARTS, TAKEN_APART, Description, describe_part
 from graftline.methods import method_named
-from graftline.model_settings import StarterBackbone
+from graftline.settings.models import StarterBackbone
 
 _HEADLINES = {
     "brg": "BRG",

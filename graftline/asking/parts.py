@@ -15,10 +15,10 @@ from graftline.model.loading import LoadedModel, assemble, read_connector, read_
 from graftline.model.prompts import PromptEncoder
 from graftline.model.routing.composed import route_to_adapters, route_to_experts, route_to_masks
 from graftline.model.routing.router import Text
-from graftline.plan import Reference
-from graftline.run_plan import RunPlan
+from graftline.planning.plan import Reference
+from graftline.planning.run import RunPlan
+from graftline.steps.work import device_named, open_backbone
 from graftline.store import Store
-from graftline.work import device_named, open_backbone
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from graftline.errors import GraftlineError
 from graftline.manifest import canonical_json
 from graftline.model.encoders import Encoder, encoder_identity, load_encoder
 from graftline.model.pretrained import check_trust, folder_of, identity, pin_problem
-from graftline.model_settings import (
+from graftline.settings.models import (
     ENCODER_PARTS,
     STARTERS,
     FeatureRows,
@@ -27,7 +27,7 @@ from graftline.model_settings import (
     TimmEncoder,
     TransformersEncoder,
 )
-from graftline.step_code import source_digest
+from graftline.steps.code import source_digest
 
 TAKES = {encoder: kind for kind, encoder in STARTERS.items()}
 """The starter's encoders, and what each of them encodes."""

@@ -14,7 +14,7 @@ from graftline.data.kinds import decode_features
 from graftline.data.shares import FEATURES_FILE, SHARES, encode_share
 from graftline.errors import GraftlineError
 from graftline.model.encoders import Encoder
-from graftline.model_settings import FeatureRows
+from graftline.settings.models import FeatureRows
 
 
 class ArrayEncoder:

@@ -27,7 +27,7 @@ import torch
 
 from graftline.errors import GraftlineError
 from graftline.model.pretrained import TRUST_VARIABLE
-from graftline.model_settings import PythonEncoder
+from graftline.settings.models import PythonEncoder
 
 GROUP = "graftline.encoders"
 """The entry points' group."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from graftline.encoders.arrays import pooled
 from graftline.encoders.towers import FRAMES, attempt, check_axes, evenly
 from graftline.errors import GraftlineError
-from graftline.model_settings import TimmEncoder
+from graftline.settings.models import TimmEncoder
 
 _AT_ONCE = 16
 """Pictures in one forward pass."""

@@ -22,7 +22,7 @@ from graftline.encoders.arrays import pooled
 from graftline.errors import GraftlineError
 from graftline.model.building import BUILDING
 from graftline.model.pretrained import needs_remote_code
-from graftline.model_settings import TransformersEncoder
+from graftline.settings.models import TransformersEncoder
 
 _AT_ONCE = 16
 """Pictures, sounds or videos in one forward pass."""

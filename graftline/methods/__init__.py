@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from graftline.plan import Model, Planner
+from graftline.planning.plan import Model, Planner
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from graftline.guard_plan import GuardPlanner
 from graftline.methods import Stage, start
-from graftline.plan import Model, Planner
+from graftline.planning.guarding import GuardPlanner
+from graftline.planning.plan import Model, Planner
 
 Learn = Callable[[GuardPlanner, Model, str, Sequence[Stage]], Model]
 """From the old model with the new modality's aligned connector, that modality, and the stages

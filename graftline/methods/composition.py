@@ -8,7 +8,7 @@ from dataclasses import replace
 from graftline.merging.rules import rule_named
 from graftline.methods import Stage
 from graftline.methods.experts import expert
-from graftline.plan import Model, Planner, Reference
+from graftline.planning.plan import Model, Planner, Reference
 
 TEXT_RULE = "average"
 """What text tokens meet where every expert is kept apart (`route`)."""

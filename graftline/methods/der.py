@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from graftline.guard_plan import Guard, GuardPlanner
 from graftline.methods import Stage
 from graftline.methods.chain import chain, naive
-from graftline.plan import Model, Planner
+from graftline.planning.guarding import Guard, GuardPlanner
+from graftline.planning.plan import Model, Planner
 
 
 def der(planner: Planner, order: Sequence[str]) -> list[Stage]:

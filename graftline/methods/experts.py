@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from graftline.methods import Stage, add_modality, start
-from graftline.plan import Model, Planner
+from graftline.planning.plan import Model, Planner
 
 
 def experts(planner: Planner, order: Sequence[str]) -> list[Stage]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from graftline.methods import Stage, add_modality, start
-from graftline.plan import Model, Planner, Reference
-from graftline.realign_plan import RealignPlanner
+from graftline.planning.plan import Model, Planner, Reference
+from graftline.planning.realigning import RealignPlanner
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from graftline.methods import Stage
 from graftline.methods.mera import corrected, grow
-from graftline.plan import Planner
-from graftline.realign_plan import RealignPlanner
+from graftline.planning.plan import Planner
+from graftline.planning.realigning import RealignPlanner
 
 
 def mera_corrected(planner: Planner, order: Sequence[str]) -> list[Stage]:

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from graftline.methods import Stage
 from graftline.methods.mera import Turn, grow
-from graftline.plan import Model, Planner
-from graftline.realign_plan import RealignPlanner
+from graftline.planning.plan import Model, Planner
+from graftline.planning.realigning import RealignPlanner
 
 
 def mera_distilled(planner: Planner, order: Sequence[str]) -> list[Stage]:

@@ -12,8 +12,8 @@ from dataclasses import replace
 from graftline.methods import Stage
 from graftline.methods.mera import Turn, corrected, grow
 from graftline.methods.mera_distilled import distilled
-from graftline.plan import Model, Planner, Reference
-from graftline.realign_plan import RealignPlanner
+from graftline.planning.plan import Model, Planner, Reference
+from graftline.planning.realigning import RealignPlanner
 
 
 def mera_plus(planner: Planner, order: Sequence[str]) -> list[Stage]:

@@ -22,8 +22,8 @@ from graftline.model.connectors import MixerConnector
 from graftline.model.loading import ConnectorRecord
 from graftline.model.projector import ProjectorConnector
 from graftline.model.resampler import ResamplerConnector
-from graftline.model_settings import ConnectorSettings
-from graftline.step_code import source_digest
+from graftline.settings.models import ConnectorSettings
+from graftline.steps.code import source_digest
 
 _RESAMPLED, _PROJECTED = "layers", "group"
 """What only a resampler's shape has, and only a projector's."""

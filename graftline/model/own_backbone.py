@@ -19,8 +19,8 @@ from graftline.model.pretrained import (
     needs_remote_code,
     pin_problem,
 )
-from graftline.model_settings import BackboneSource
-from graftline.step_code import source_digest
+from graftline.settings.models import BackboneSource
+from graftline.steps.code import source_digest
 
 # For an LLM without a chat template: what a base model can follow, and a turn's end is its own.
 PLAIN_TEMPLATE = (

@@ -16,7 +16,7 @@ from typing import Any
 
 from graftline.durable import file_sha256
 from graftline.errors import GraftlineError
-from graftline.model_settings import Pretrained
+from graftline.settings.models import Pretrained
 
 TRUST_VARIABLE = "GRAFTLINE_TRUST_REMOTE_CODE"
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -19,7 +19,7 @@ import pytest
 from filelock import FileLock
 
 from graftline.data.build import build
-from graftline.supervised import start_child, stop_child
+from graftline.steps.supervised import start_child, stop_child
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = (

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 
 from flows import using
 from flows.cli_add import added_lines
-from graftline.adding import check_recipe, plan_addition, take_in
 from graftline.asking.asker import Asker
 from graftline.asking.bundle import content_digest, read_bundle, read_description
 from graftline.evaluation.report import read_report
+from graftline.exchange.adding import check_recipe, plan_addition, take_in
+from graftline.exchange.taking_apart import take_apart
 from graftline.model.backbone import make_tiny
-from graftline.recipe_reading import RecipeError, load_recipe
+from graftline.settings.reading import RecipeError, load_recipe
 from graftline.store import Store
-from graftline.taking_apart import take_apart
 from tasks.data import known_version
 from tasks.models import find_parts
 from tests.flows.conftest import Project

@@ -9,9 +9,9 @@ from pathlib import Path
 from flows.dispatch import HERE, sent_out, step_job
 from flows.slots import Job
 from flows.steps import plan_of
-from graftline.recipe_reading import load_recipe
-from graftline.run_plan import RunPlan, plan_run
-from graftline.work import Machine
+from graftline.planning.run import RunPlan, plan_run
+from graftline.settings.reading import load_recipe
+from graftline.steps.work import Machine
 from tasks.references import DataVersion, Place
 from tasks.steps import by_stage, publish_rows
 

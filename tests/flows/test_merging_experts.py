@@ -12,9 +12,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from flows.merging import merge
-from graftline.adapter_folders import write_expert
 from graftline.errors import GraftlineError
-from graftline.kinship import distance
+from graftline.exchange.adapter_folders import write_expert
+from graftline.exchange.kinship import distance
 from graftline.merging.checkpoints import open_checkpoint
 from graftline.model.backbone import load_backbone, make_tiny
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from graftline.recipe_reading import parse_override
+from graftline.settings.reading import parse_override
 from tasks.choices import choices_of
 from tests.flows.conftest import Project
 from tests.graftline.data.own_media import make_folder, picture, sound, write_csv

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.searching import describe, trial_of
 from graftline.methods.search import search_of, write_trials
-from graftline.recipe_reading import load_recipe
-from graftline.run_plan import plan_run
+from graftline.planning.run import plan_run
+from graftline.settings.reading import load_recipe
 
 TINY = Path(__file__).resolve().parents[2] / "params" / "tiny.yaml"
 LOYAL = {"scores": {"a": 0.6, "b": 0.4}, "scores_when_learned": {"a": 0.7, "b": 0.4}}

@@ -16,7 +16,7 @@ from flows import using
 from flows.cli import app
 from graftline.asking.asker import Asker
 from graftline.errors import GraftlineError
-from graftline.recipe_reading import load_recipe
+from graftline.settings.reading import load_recipe
 from tasks.models import find_parts
 from tests.flows.used import (
     APART,

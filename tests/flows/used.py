@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from flows import using
 from flows.cli import app
-from graftline.execution import RUNNERS, execute
 from graftline.model.multimodal import collate
 from graftline.model.routing.router import routed
-from graftline.recipe_reading import load_recipe
-from graftline.run_plan import plan_run
+from graftline.planning.run import plan_run
+from graftline.settings.reading import load_recipe
+from graftline.steps.execution import RUNNERS, execute
+from graftline.steps.work import Machine, Work
 from graftline.store import Store
-from graftline.work import Machine, Work
 from tasks.data import known_version
 
 RECIPE = "params/tiny.yaml"
@@ -97,7 +97,7 @@ def evaluated(overrides, out):
         return ["" for _ in examples.rows]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("graftline.execution.answer_all", answer_all)
+        patch.setattr("graftline.steps.execution.answer_all", answer_all)
         for score in plan.scores:
             last = score.point == "final" and score.stage == plan.stages[-1].index
             if last and score.modality in MODALITIES:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from graftline.model.backbone import load_backbone, make_tiny
-from graftline.shared_store import CACHE_VARIABLE, SharedStore
+from graftline.sharing.store import CACHE_VARIABLE, SharedStore
 from graftline.stores import open_store
 from tests.object_store import BUCKET, s3_server
 

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from graftline.data.build import checksums
 from graftline.data.encoding import encode_ply
 from graftline.data.rows import schema
-from graftline.plan import Step
-from graftline.recipe_reading import load_recipe
-from graftline.run_plan import RunPlan, plan_run
+from graftline.planning.plan import Step
+from graftline.planning.run import RunPlan, plan_run
+from graftline.settings.reading import load_recipe
 from graftline.store import Store
 
 TINY = Path(__file__).parents[2] / "params" / "tiny.yaml"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 from safetensors.numpy import save_file
 
-from graftline.plan import Step
+from graftline.planning.plan import Step
 from graftline.store import Artifact, Store
 
 STEP: dict[str, Any] = {"parameters": {"rate": 0.1}, "parents": {}, "code": "c0de"}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftline.execution import execute
-from graftline.work import Machine
+from graftline.steps.execution import execute
+from graftline.steps.work import Machine
 from tests.graftline.made_up import filled_store, planned
 
 DEVICES = [

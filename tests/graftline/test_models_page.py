@@ -13,7 +13,7 @@ import yaml
 from graftline.encoders import describe_encoder, encoder_problem, open_encoder
 from graftline.model.own_backbone import backbone_name, backbone_problem
 from graftline.recipe import Recipe
-from graftline.recipe_reading import RecipeError, load_recipe
+from graftline.settings.reading import RecipeError, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/models.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from graftline.recipe import Recipe
-from graftline.recipe_reading import RecipeError, load_recipe, parse_override
+from graftline.settings.reading import RecipeError, load_recipe, parse_override
 
 PARAMS = Path(__file__).parents[2] / "params"
 

@@ -19,7 +19,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Experiment
 
-from graftline.recipe_reading import load_recipe
+from graftline.settings.reading import load_recipe
 from tasks import mlflow_calls, tracking
 from tasks.journal import PROMISED, Away, Journal, Refused
 from tasks.references import DataVersion

@@ -11,9 +11,9 @@ import pytest
 from graftline.data.build import by_modality
 from graftline.durable import StoreUnwritable
 from graftline.errors import GraftlineError
+from graftline.planning.run import plan_run
 from graftline.recipe import ContinualName
-from graftline.recipe_reading import load_recipe
-from graftline.run_plan import plan_run
+from graftline.settings.reading import load_recipe
 from graftline.store import Store
 from tasks.data import inside_dvc
 from tasks.outputs import report_folder, usual_order

@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 
 from graftline.durable import process_runs
-from graftline.supervised import start_child, stop_child
+from graftline.steps.supervised import start_child, stop_child
 from tasks.interruption import MESSAGE
 from tasks.records import dead_runs, recorded_run
 from tasks.server import configured_url
 
 ROOT = Path(__file__).resolve().parents[2]
-CHILD = (
-    "import sys, time; print('up', flush=True); from graftline.supervised import when_parent_ends; "
-)
+CHILD = "import sys, time; print('up', flush=True); "
+CHILD += "from graftline.steps.supervised import when_parent_ends; "
 CHILD += "when_parent_ends(lambda: None, 0.1); time.sleep(60)"
 
 
@@ -45,7 +44,7 @@ def test_child_ends_when_its_parent_is_killed():
         [
             sys.executable,
             "-c",
-            "import time; from graftline.supervised import start_child; "
+            "import time; from graftline.steps.supervised import start_child; "
             f"child = start_child(['-c', {CHILD!r}]); child.stdout.readline(); "
             "print(child.pid, flush=True); time.sleep(60)",
         ],

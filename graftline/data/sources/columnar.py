@@ -26,7 +26,7 @@ from graftline.data.sources.entries import (
 )
 from graftline.data.sources.tables import MediaFiles, files_of
 from graftline.errors import GraftlineError
-from graftline.source_settings import SourceSettings
+from graftline.settings.sources import SourceSettings
 
 _ROWS = 64
 """Rows that are in memory at once."""

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from graftline.errors import GraftlineError
-from graftline.source_settings import ColumnSettings, SourceSettings
+from graftline.settings.sources import ColumnSettings, SourceSettings
 
 _SPLITS = {
     "train": "train", "training": "train", "restval": "train",

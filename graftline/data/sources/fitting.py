@@ -15,7 +15,7 @@ from graftline.data.encoding import encode_wav
 from graftline.data.kinds import check_size, decode_media
 from graftline.data.rows import MAX_AUDIO_SECONDS, MAX_PIXELS, SAMPLE_RATE, MediaError
 from graftline.data.wav import as_mono, wav_layout
-from graftline.source_settings import SourceSettings
+from graftline.settings.sources import SourceSettings
 
 REMEDIES = {
     "image": "Give a picture such as PNG or JPEG.",

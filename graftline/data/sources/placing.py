@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from graftline.data.rows import SPLITS
 from graftline.data.sources.entries import Entry
 from graftline.errors import GraftlineError
-from graftline.source_settings import FractionSettings
+from graftline.settings.sources import FractionSettings
 
 _LISTED = 5
 COLUMNS = ("entry", "place", "split", "digest", "group", "task", "question", "answers")

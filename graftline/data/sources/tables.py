@@ -21,7 +21,7 @@ from graftline.data.sources.entries import (
     split_named,
 )
 from graftline.errors import GraftlineError
-from graftline.source_settings import Paths, SourceSettings, SplitPaths
+from graftline.settings.sources import Paths, SourceSettings, SplitPaths
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 FILE_NAME = "file_name"

@@ -20,7 +20,7 @@ from graftline.data.rows import MediaError, decode
 from graftline.data.sources.fitting import fit_medium
 from graftline.model.efficientnet import ImageEncoder
 from graftline.model.whisper import WhisperAudioEncoder
-from graftline.source_settings import SourceSettings
+from graftline.settings.sources import SourceSettings
 
 WHISPER = WhisperAudioEncoder.name
 

@@ -17,7 +17,7 @@ from graftline.data.files import FileHashes
 from graftline.data.kinds import encode_features
 from graftline.data.sources.importing import Imported, Request, import_rows
 from graftline.data.streaming import open_parquet
-from graftline.source_settings import SourceSettings
+from graftline.settings.sources import SourceSettings
 
 SPLITS = ("train", "validation", "test")
 

@@ -23,9 +23,9 @@ from graftline.data.kinds import decode_features, encode_features
 from graftline.data.rows import MediaError
 from graftline.durable import host_token
 from graftline.errors import GraftlineError
-from graftline.imports import _sweep
 from graftline.model.backbone import load_backbone
 from graftline.model.prompts import MediaSlot, PromptEncoder
+from graftline.steps.imports import _sweep
 from tests.graftline.data.own_media import (
     MAKERS,
     array,

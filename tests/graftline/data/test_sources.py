@@ -22,7 +22,7 @@ from graftline.data.sources.importing import Request, identity_of, import_rows
 from graftline.data.streaming import SplitRows
 from graftline.data.validation import validate
 from graftline.errors import GraftlineError
-from graftline.source_settings import SourceSettings
+from graftline.settings.sources import SourceSettings
 from tests.graftline.data.own_media import (
     MAKERS,
     SPLITS,

@@ -15,7 +15,7 @@ from graftline.data.features import FeatureTable
 from graftline.encoders import describe_encoder, encoder_problem, open_encoder, same_here
 from graftline.encoders.arrays import compute_array_features
 from graftline.errors import GraftlineError
-from graftline.model_settings import FeatureRows, PythonEncoder
+from graftline.settings.models import FeatureRows, PythonEncoder
 
 
 def npy(values: np.ndarray) -> bytes:

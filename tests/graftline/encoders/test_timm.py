@@ -13,7 +13,7 @@ from PIL import Image
 
 from graftline.encoders import describe_encoder, encoder_problem, open_encoder, timm_models
 from graftline.errors import GraftlineError
-from graftline.model_settings import TimmEncoder
+from graftline.settings.models import TimmEncoder
 
 SIZE = 32
 MODELS = {

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from graftline.encoders import describe_encoder, encoder_problem, open_encoder
 from graftline.errors import GraftlineError
-from graftline.model_settings import TransformersEncoder
+from graftline.settings.models import TransformersEncoder
 from tests.graftline.pico_models import (
     WIDTH,
     pickled,

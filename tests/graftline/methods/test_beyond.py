@@ -6,10 +6,10 @@ from typing import get_args
 
 import pytest
 
-from graftline.plan import Reference, Step
+from graftline.planning.plan import Reference, Step
+from graftline.planning.run import RunPlan
 from graftline.recipe import BeyondName
-from graftline.recipe_reading import RecipeError
-from graftline.run_plan import RunPlan
+from graftline.settings.reading import RecipeError
 from tests.graftline.methods.test_methods import kinds, plan
 
 BEYOND = get_args(BeyondName)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from graftline.merging.rules import UnknownRule
-from graftline.plan import Reference
-from graftline.recipe_reading import load_recipe
-from graftline.run_plan import RunPlan, plan_run
+from graftline.planning.plan import Reference
+from graftline.planning.run import RunPlan, plan_run
+from graftline.settings.reading import load_recipe
 
 TINY = Path(__file__).parents[3] / "params" / "tiny.yaml"
 SPLITS = ("train", "validation", "test")

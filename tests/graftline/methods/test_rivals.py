@@ -8,13 +8,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from graftline.execution import execute
-from graftline.plan import Step
+from graftline.planning.plan import Step
+from graftline.planning.run import RunPlan
 from graftline.recipe import RIVALS
-from graftline.recipe_reading import RecipeError, load_recipe
-from graftline.run_plan import RunPlan
+from graftline.settings.reading import RecipeError, load_recipe
+from graftline.steps.execution import execute
+from graftline.steps.work import Machine
 from graftline.store import Store
-from graftline.work import Machine
 from tests.graftline.made_up import ORDER, TINY, filled_store
 from tests.graftline.made_up import planned as plan
 

@@ -20,7 +20,7 @@ from graftline.methods.search import (
     search_of,
     write_trials,
 )
-from graftline.recipe_reading import load_recipe
+from graftline.settings.reading import load_recipe
 
 TINY = Path(__file__).parents[3] / "params" / "tiny.yaml"
 

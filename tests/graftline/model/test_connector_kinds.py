@@ -14,8 +14,8 @@ from graftline.model.connector_kinds import build_connector, connector_parameter
 from graftline.model.connectors import MixerConnector
 from graftline.model.loading import read_connector, read_record
 from graftline.model.resampler import ResamplerConnector
-from graftline.model_settings import ConnectorSettings
 from graftline.recipe import LoraSettings, PhaseSettings
+from graftline.settings.models import ConnectorSettings
 from graftline.training import phases, resampling
 from graftline.training.resampling import align_resampler, measured
 

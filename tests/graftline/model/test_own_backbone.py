@@ -24,8 +24,8 @@ from graftline.model.own_backbone import (
     write_own_backbone,
 )
 from graftline.model.prompts import MediaSlot, PromptEncoder
-from graftline.model_settings import BackboneSource
 from graftline.recipe import LoraSettings, PhaseSettings
+from graftline.settings.models import BackboneSource
 from graftline.training import phases
 from tests.graftline.pico_models import LLMS, pickled, pico_llm
 

@@ -1,0 +1,154 @@
+"""Reading a recipe: what is given by hand wins, and all of its problems are listed at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from graftline.errors import GraftlineError
+from graftline.recipe import OWN, MethodName, Recipe
+from graftline.settings.type_problems import described
+
+
+class RecipeError(GraftlineError):
+    """A recipe that cannot be run; the message lists every problem at once."""
+
+
+def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: dotted key -> value, e.g. `{"replay.fraction": 0.01}`; wins over the file.
+
+    Raises:
+        RecipeError: names the file and every problem (unknown keys with the nearest valid name).
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        near = sorted(str(other) for other in path.parent.glob("*.yaml"))
+        hint = f" Recipes beside it: {', '.join(near)}." if near else ""
+        raise RecipeError(f"{path}: no such recipe.{hint}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values.")
+    given = dict(overrides or {})
+    for key in [key for key in given if key.partition(".")[0] == "methods"]:
+        set_dotted(content, key, given.pop(key))
+    method = given.get("method") or content.get("method") or Recipe.model_fields["method"].default
+    problems = _own_problems(content)
+    try:
+        own = _own_settings(content).get(str(method), {})
+        recipe = _checked(content, own, given)
+    except _Problems as error:
+        problems = list(dict.fromkeys([*error.lines, *problems]))
+    if problems:
+        lines = "\n".join(f"  - {line}" for line in problems)
+        raise RecipeError(f"{path}: {len(problems)} problem(s):\n{lines}")
+    if not own:
+        return recipe
+    common = _checked(content, {}, {**given, "method": "finetune"})  # which fits every recipe
+    return recipe.beside(common)
+
+
+class _Problems(Exception):
+    """What is wrong with a recipe, a line each."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__(*lines)
+        self.lines = lines
+
+
+def _own_problems(content: Mapping[str, Any]) -> list[str]:
+    """What is wrong with any method's own settings, beyond what is wrong with the file itself."""
+    if not _own_settings(content):
+        return []
+    try:
+        _checked(content, {}, {})
+        known: Sequence[str] = ()
+    except _Problems as error:
+        known = error.lines
+    problems = []
+    for method, own in _own_settings(content).items():
+        surplus = sorted(own.keys() - set(OWN))
+        if surplus and method in get_args(MethodName):
+            names = ", ".join(surplus)
+            problems.append(f"methods.{method}: {names}: not a method's to set ({', '.join(OWN)})")
+        elif method in get_args(MethodName):
+            try:
+                _checked(content, own, {"method": method})
+            except _Problems as error:
+                new = (line for line in error.lines if line not in known)
+                problems += [f"methods.{method}: {line}" for line in new]
+    return problems
+
+
+def _checked(
+    content: Mapping[str, Any], own: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> Recipe:
+    """A file's content, a method's own settings over it, and the overrides over both."""
+    merged = _laid_over(content, own)
+    for key, value in overrides.items():
+        set_dotted(merged, key, value)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise _Problems([described(each, Recipe) for each in error.errors()]) from error
+
+
+def _own_settings(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Method -> its own settings, as far as the file has the form; `Recipe` says what has not."""
+    found = content.get("methods")
+    if not isinstance(found, Mapping):
+        return {}
+    return {str(name): each for name, each in found.items() if isinstance(each, Mapping)}
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `below` in which the values of `above` win, key by key."""
+    merged = copy.deepcopy(dict(below))
+    for key, value in above.items():
+        inner = merged.get(key)
+        if isinstance(inner, dict) and isinstance(value, Mapping):
+            merged[key] = _laid_over(inner, value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Splits `key=value` of a command line; the value is read as YAML.
+
+    Raises:
+        RecipeError: there is no `=`, or the value is no YAML.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"--set {text!r}: write key=value, e.g. replay.fraction=0.01")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text!r}: the value is not YAML: {error}") from error
+
+
+def set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
+    """Sets the value of a dotted key in nested groups, which are made where they are missing.
+
+    Raises:
+        RecipeError: a group on the way is a value.
+    """
+    *parents, last = key.split(".")
+    for name in parents:
+        inner = content.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {key}: {name} is a value, not a group of keys")
+        content = inner
+    content[last] = value

@@ -1,0 +1,1 @@
+"""One artifact store for several machines, in an object store."""

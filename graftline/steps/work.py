@@ -1,0 +1,210 @@
+"""One step being carried out: its parents, its machine, and what training needs of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyarrow.parquet import read_metadata
+
+from graftline.data.examples import ROWS, replay_rows
+from graftline.errors import GraftlineError
+from graftline.merging.backbones import changed_tensors
+from graftline.model.attention import attention_for
+from graftline.model.backbone import load_backbone
+from graftline.model.precision import computing_dtype, products_are_faster_wide
+from graftline.model.products import widen_products
+from graftline.planning.plan import Step
+from graftline.recipe import PhaseSettings, Recipe
+from graftline.store import Artifact
+from graftline.team import current
+from graftline.training import phases
+
+CORES = torch.get_num_threads()
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a step runs: what its result must not depend on.
+
+    Attributes:
+        data_folder: the data.
+        device: as in a recipe.
+        slots: how many steps share the machine.
+        processes: how many train one step together, a GPU each.
+        shard: each of them holds a share of the backbone's weights.
+        feature_shares: in how many shares machines encode media, apart from each other.
+    """
+
+    data_folder: Path
+    device: str = "auto"
+    slots: int = 1
+    processes: int = 1
+    shard: bool = False
+    feature_shares: int = 1
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Machine:
+        """The machine that a recipe describes."""
+        given = recipe.execution
+        shares = given.feature_shares if given.where == "workers" else 1
+        return cls(
+            Path(recipe.data.folder),
+            given.device,
+            given.slots,
+            given.processes,
+            given.shard,
+            shares,
+        )
+
+    @property
+    def threads(self) -> int:
+        """Threads that a step computes with."""
+        return max(1, CORES // self.slots)
+
+    @property
+    def torch_device(self) -> str:
+        """The device itself where the recipe says `auto`."""
+        return device_named(self.device)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step being carried out.
+
+    Attributes:
+        step: the step.
+        parents: role -> published artifact.
+        machine: where.
+        folder: for checkpoints; outlives a kill.
+        out: to be filled.
+    """
+
+    step: Step
+    parents: dict[str, Artifact]
+    machine: Machine
+    folder: Path
+    out: Path
+
+    def role(self, prefix: str) -> dict[str, Path]:
+        """Folders of the parents whose role is `prefix.<modality>`, by modality."""
+        return {
+            role.partition(".")[2]: artifact.folder
+            for role, artifact in self.parents.items()
+            if role.startswith(f"{prefix}.")
+        }
+
+
+def call_of(work: Work) -> phases.Call:
+    """What a training phase needs of a step."""
+    parameters = work.step.parameters
+    return phases.Call(
+        backbone=load(work),
+        backbone_fingerprint=work.parents["backbone"].fingerprint,
+        features=work.role("features"),
+        system_prompt=parameters["system_prompt"],
+        seed=parameters["seed"],
+        work=work.folder,
+        out=work.out,
+        label=work.step.title,
+    )
+
+
+def load(work: Work) -> tuple[Any, Any]:
+    """The step's backbone and its tokenizer."""
+    given, folder = work.step.parameters, work.parents["backbone"].folder / "backbone"
+    place = "cpu" if current().shard else None  # its share goes to the device later
+    device = work.machine.torch_device
+    return open_backbone(folder, given["precision"], given["attention"], device, place)
+
+
+def open_backbone(
+    folder: Path, precision: str, attention: str, device: str, place: str | None = None
+) -> tuple[Any, Any]:
+    """A backbone and its tokenizer, by a recipe's words.
+
+    Args:
+        folder: a `transformers` folder.
+        precision: name of its weights' dtype on disk, in which `save_backbone` writes it again.
+        attention: `auto`, or `transformers`' name of an implementation.
+        device: where it computes, which chooses the dtype it computes in.
+        place: where its weights go, if not there.
+    """
+    if attention == "auto":
+        attention = attention_for(folder, device)
+    stored = DTYPES[precision]
+    dtype = computing_dtype(stored, device)
+    model, tokenizer = load_backbone(folder, dtype, attention, place or device)
+    if products_are_faster_wide(dtype, device):
+        widen_products(model)
+    model.config.dtype = stored
+    return model, tokenizer
+
+
+def is_widened(recipe: Recipe) -> bool:
+    """Whether backbones are computed in another dtype here than the recipe stores them in."""
+    stored = DTYPES[recipe.precision]
+    here = recipe.execution.where == "here"
+    return here and computing_dtype(stored, device_named(recipe.execution.device)) != stored
+
+
+def device_named(device: str) -> str:
+    """The device itself where a recipe says `auto`."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def realign_settings(work: Work) -> PhaseSettings:
+    """A realigning step's settings of the loop: as many steps as its passes over the replay allow.
+
+    Few rows that are seen again and again are learned by heart, and the connector with them: on the
+    starter, 80 steps over 32 rows end below no realigning at all.
+    """
+    parameters = work.step.parameters
+    settings = phase_settings(parameters)
+    passes = parameters.get("passes")
+    if passes is None:
+        return settings
+    rows = train_rows(work.role("features")[parameters["modality"]])
+    kept = len(replay_rows(rows, seen_share(work), parameters["seed"]))
+    most = math.ceil(passes * math.ceil(kept / settings.batch_size))
+    return settings.model_copy(update={"steps": min(settings.steps, most)})
+
+
+def seen_share(work: Work) -> float:
+    """Share of its modality's training rows that a realigning step sees: all if none is named."""
+    return float(work.step.parameters.get("fraction", 1.0))
+
+
+def train_rows(features: Path) -> int:
+    """How many training rows a features artifact's folder holds."""
+    return int(read_metadata(features / "train" / ROWS).num_rows)
+
+
+def phase_settings(parameters: Any) -> PhaseSettings:
+    """A training step's settings of the loop."""
+    return PhaseSettings(**{k: v for k, v in parameters.items() if k in PhaseSettings.model_fields})
+
+
+def check_untouched(work: Work) -> None:
+    """Compares a merge bit by bit with what it was made of, before it is published.
+
+    What fine-tuning left as it was (embeddings, as a rule) must be as it was; connectors and
+    encoders are other artifacts, which no merge writes.
+
+    Raises:
+        GraftlineError: names a tensor that the merge changed and no training had.
+    """
+    previous, vanilla = (work.parents[role].folder / "backbone" for role in ("previous", "vanilla"))
+    learned = set(changed_tensors(previous, vanilla))
+    surplus = [n for n in changed_tensors(previous, work.out / "backbone") if n not in learned]
+    if surplus:
+        raise GraftlineError(
+            f"{work.step.label}: the merge changed {surplus[0]} ({len(surplus)} such), which "
+            "fine-tuning had left as it was; nothing is published."
+        )
