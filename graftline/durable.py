@@ -83,6 +83,42 @@ def publish_folder(temporary: Path, target: Path) -> None:
         rename_new(temporary, target)
 
 
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside `target` to build it in; what is left of it at the end goes.
+
+    Missing parent folders are made. Whoever builds renames it (`rename_new`, `publish_folder`).
+
+    Raises:
+        StoreUnwritable: If the disk is full or the folder is read-only.
+    """
+    target = target.absolute()
+    with naming_disk_faults(target.parent):
+        make_folder(target.parent)
+        temporary = temporary_sibling(target)
+        try:
+            temporary.mkdir()
+            yield temporary
+        finally:
+            remove(temporary)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Build a sealed folder that appears whole or not at all; see `building`.
+
+    What killed processes left of earlier tries goes first.
+
+    Raises:
+        FileExistsError: If `target` exists and is not empty.
+        StoreUnwritable: If the disk is full or the folder is read-only.
+    """
+    sweep_siblings(target.absolute())
+    with building(target) as temporary:
+        yield temporary
+        rename_new(temporary, target.absolute())
+
+
 def file_sha256(path: Path) -> str:
     """The sha256 of a file's bytes, as 64 hexadecimal digits."""
     with path.open("rb") as stream:

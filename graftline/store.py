@@ -297,19 +297,14 @@ class Store:
     ) -> Artifact:
         """Build in a temporary sibling, seal it and rename it; the caller holds the lock."""
         target = self.folder(kind, fingerprint)
-        with naming_disk_faults(target.parent):
-            durable.make_folder(target.parent)
-            temporary = durable.temporary_sibling(target)
+        with durable.building(target) as temporary:
+            build(temporary)
+            seal(temporary, step)
             try:
-                os.mkdir(temporary)
-                build(temporary)
-                seal(temporary, step)
                 durable.rename_new(temporary, target)
-            except FileExistsError as error:  # a writer that does not see our lock was faster
-                if error.filename != os.fspath(temporary) or not target.exists():
+            except FileExistsError:  # a writer that does not see our lock was faster
+                if not target.exists():
                     raise
-            finally:
-                durable.remove(temporary)
         found = self.find(kind, fingerprint)
         if found is None:
             raise CorruptArtifact(target, "vanished while it was published", target)

@@ -170,13 +170,9 @@ def write_bundle(
         GraftlineError: the folder is there already, or cannot be written.
     """
     refuse_existing(out)
-    durable.make_folder(out.absolute().parent)
-    durable.sweep_siblings(out.absolute())
-    temporary = durable.temporary_sibling(out.absolute())
     copies = list(_copies(parts))
     try:
-        with durable.naming_disk_faults(temporary.parent):
-            os.mkdir(temporary)
+        with durable.new_folder(out) as temporary:
             with track(f"export {out.name}", len(copies)) as advance:
                 for source, name in copies:
                     target = temporary / name
@@ -187,11 +183,8 @@ def write_bundle(
             if measured:
                 (temporary / EXAMPLES).write_text(examples_csv(measured), encoding="utf-8")
             seal(temporary, sealed_as(description))
-            durable.rename_new(temporary, out.absolute())
     except FileExistsError as error:
         raise _exists(out) from error
-    finally:
-        durable.remove(temporary)
 
 
 def write_description(folder: Path, description: Description, card: str) -> None:

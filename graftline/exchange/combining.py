@@ -99,34 +99,26 @@ def combine(
     for member in members:
         theirs = open_checkpoint(member.backbone).entries
         require_kin(ours, theirs, (base, member.folder))
-    durable.make_folder(out.absolute().parent)
-    durable.sweep_siblings(out.absolute())
-    temporary = durable.temporary_sibling(out.absolute())
-    try:
-        with durable.naming_disk_faults(temporary.parent):
-            temporary.mkdir()
-            request = MergeRequest(
-                rule=rule,
-                base=base,
-                experts=tuple(member.backbone for member in members),
-                out=temporary / "backbone",
-                parameters=parameters or {},
-                seed=seed,
-                names={base: base.name, **{each.backbone: each.folder.name for each in members}},
-            )
-            report = merge_checkpoints(request)
-            warnings = _give_template(members, temporary / "backbone")
-            if masked:
-                _copy_checkpoint(base, temporary / "base")
-                places = {name: n for n, each in enumerate(members) for name in each.modalities}
-                (temporary / "experts.json").write_text(json.dumps(places), encoding="utf-8")
-            description = _described(members, base, rule, seed, masked)
-            _copy_parts(members, temporary)
-            write_description(temporary, description, model_card(description, None))
-            seal(temporary, sealed_as(description))
-            durable.rename_new(temporary, out.absolute())
-    finally:
-        durable.remove(temporary)
+    with durable.new_folder(out) as temporary:
+        request = MergeRequest(
+            rule=rule,
+            base=base,
+            experts=tuple(member.backbone for member in members),
+            out=temporary / "backbone",
+            parameters=parameters or {},
+            seed=seed,
+            names={base: base.name, **{each.backbone: each.folder.name for each in members}},
+        )
+        report = merge_checkpoints(request)
+        warnings = _give_template(members, temporary / "backbone")
+        if masked:
+            _copy_checkpoint(base, temporary / "base")
+            places = {name: n for n, each in enumerate(members) for name in each.modalities}
+            (temporary / "experts.json").write_text(json.dumps(places), encoding="utf-8")
+        description = _described(members, base, rule, seed, masked)
+        _copy_parts(members, temporary)
+        write_description(temporary, description, model_card(description, None))
+        seal(temporary, sealed_as(description))
     return replace(report, warnings=(*report.warnings, *warnings))
 
 

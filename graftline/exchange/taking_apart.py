@@ -163,20 +163,12 @@ def take_apart(folder: Path, out: Path) -> float:
     if os.path.lexists(out):
         raise GraftlineError(f"{out}: is there already; choose another --out, or remove it")
     joint, model, precision = _opened(folder)
-    durable.make_folder(out.absolute().parent)
-    durable.sweep_siblings(out.absolute())
-    temporary = durable.temporary_sibling(out.absolute())
-    try:
-        with durable.naming_disk_faults(temporary.parent):
-            temporary.mkdir()
-            _write_parts(model, joint, folder, temporary)
-            difference = _compare(model, Recombined(temporary), folder)
-            content = {"joint": asdict(joint), "from": folder.name, "difference": difference}
-            (temporary / PARTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            seal(temporary, _sealed_as(temporary, joint, folder.name, precision, content))
-            durable.rename_new(temporary, out.absolute())
-    finally:
-        durable.remove(temporary)
+    with durable.new_folder(out) as temporary:
+        _write_parts(model, joint, folder, temporary)
+        difference = _compare(model, Recombined(temporary), folder)
+        content = {"joint": asdict(joint), "from": folder.name, "difference": difference}
+        (temporary / PARTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        seal(temporary, _sealed_as(temporary, joint, folder.name, precision, content))
     return difference
 
 

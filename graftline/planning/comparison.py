@@ -5,7 +5,6 @@ Orders and seeds are the same for every method, so that differences between meth
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -13,6 +12,7 @@ from typing import Any, get_args
 
 from graftline.errors import GraftlineError
 from graftline.recipe import ContinualName, MethodName
+from graftline.settings.type_problems import nearest
 
 METHODS: tuple[str, ...] = get_args(MethodName)
 CONTINUAL: tuple[str, ...] = get_args(ContinualName)
@@ -135,7 +135,7 @@ def _orders(usual: Order, text: str, problems: list[str]) -> list[Order]:
     orders = [tuple(name.strip() for name in one.split(",")) for one in text.split(";")]
     if any(len(order) == 1 for order in orders) and len(usual) > 1:
         words = "; ".join(",".join(order) for order in orders if len(order) == 1)
-        near = _nearest(words, ORDERS)
+        near = nearest(words, ORDERS)
         problems.append(
             f"orders: {words!r} is none of {', '.join(ORDERS)}, and no list of all modalities such "
             f"as {','.join(usual)}{near}"
@@ -163,7 +163,7 @@ def _numbers(what: str, text: str, problems: list[str]) -> list[int]:
 
 def _unknown(what: str, given: Sequence[str], valid: Sequence[str]) -> list[str]:
     return [
-        f"{what}: {name!r} is not one of {', '.join(valid)}{_nearest(name, valid)}"
+        f"{what}: {name!r} is not one of {', '.join(valid)}{nearest(name, valid)}"
         for name in dict.fromkeys(given)
         if name not in valid
     ]
@@ -172,8 +172,3 @@ def _unknown(what: str, given: Sequence[str], valid: Sequence[str]) -> list[str]
 def _repeated(what: str, given: Sequence[str]) -> list[str]:
     twice = sorted({name for name in given if given.count(name) > 1})
     return [f"{what}: {', '.join(twice)} more than once"] if twice else []
-
-
-def _nearest(given: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(given, valid, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""

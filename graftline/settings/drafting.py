@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from graftline.recipe import KINDS, ModalitySettings, Recipe
 from graftline.settings.models import STARTERS
 from graftline.settings.reading import RecipeError, load_recipe
+from graftline.settings.type_problems import nearest
 
 CONNECTOR = {"tokens": 4, "hidden": 64}
 SETTINGS: Mapping[str, Any] = {
@@ -73,8 +74,9 @@ def draft(
     unknown = [kind for kind in kinds.values() if kind not in KINDS]
     unknown += [each for each in folders if each not in kinds]
     if unknown:
+        near = nearest(unknown[0], list(KINDS)) or "."
         raise RecipeError(
-            f"--modalities: {', '.join(unknown)} not known; there are: {', '.join(KINDS)}; "
+            f"--modalities: {', '.join(unknown)} not known{near} There are: {', '.join(KINDS)}; "
             "write name:kind for a modality of another name"
         )
     given: dict[str, Any] = {

@@ -310,24 +310,18 @@ class SharedStore(Store):
 
     def _copy(self, place: str, published: _Published, names: list[str], target: Path) -> None:
         """Copy files of an artifact; they appear together, after each was compared."""
-        with durable.naming_disk_faults(self.root):
-            durable.make_folder(target.parent)
-            temporary = durable.temporary_sibling(target)
-            try:
-                os.mkdir(temporary)
-                for name in names:
-                    file, sha256 = temporary / name, published.files[name]["sha256"]
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    with self._reaching():
-                        self._objects.get_file(f"{place}/parts/{sha256}", os.fspath(file))
-                    if durable.file_sha256(file) != sha256:
-                        wrong = f"its content differs from its name (sha256); it is {name}"
-                        raise CorruptArtifact(f"{place}/parts/{sha256}", wrong, place)
-                    os.utime(file, (published.made, published.made))
-                (temporary / MANIFEST).write_bytes(published.text)
-                durable.publish_folder(temporary, target)
-            finally:
-                durable.remove(temporary)
+        with durable.building(target) as temporary:
+            for name in names:
+                file, sha256 = temporary / name, published.files[name]["sha256"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with self._reaching():
+                    self._objects.get_file(f"{place}/parts/{sha256}", os.fspath(file))
+                if durable.file_sha256(file) != sha256:
+                    wrong = f"its content differs from its name (sha256); it is {name}"
+                    raise CorruptArtifact(f"{place}/parts/{sha256}", wrong, place)
+                os.utime(file, (published.made, published.made))
+            (temporary / MANIFEST).write_bytes(published.text)
+            durable.publish_folder(temporary, target)
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:

@@ -8,9 +8,7 @@ gave which rows.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +23,7 @@ from graftline.data.sources.importing import (
     identity_of,
     import_rows,
 )
-from graftline.durable import (
-    atomic_write_text,
-    host_token,
-    make_folder,
-    naming_disk_faults,
-    process_runs,
-)
+from graftline.durable import atomic_write_text, building, sweep_siblings
 from graftline.errors import GraftlineError
 from graftline.planning.plan import Step
 from graftline.recipe import Recipe
@@ -115,14 +107,11 @@ def rows_of(
         known = known_rows(request, store, hashes)
         if known is not None:
             return known
-    work = store.root / FOLDER
-    with naming_disk_faults(work):
-        make_folder(work)
-        _sweep(work)
-        prefix = f"{os.getpid()}-{host_token()}-"
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=work) as folder:
-            found = import_rows(request, Path(folder), hashes, progress)
-            return _looked_at(request, store, Path(folder), found, look)
+    work = store.root / FOLDER / "rows"
+    sweep_siblings(work)
+    with building(work) as folder:
+        found = import_rows(request, folder, hashes, progress)
+        return _looked_at(request, store, folder, found, look)
 
 
 def _looked_at(
@@ -168,14 +157,6 @@ def _publish(request: Request, store: Store, folder: Path, found: Imported) -> O
 
 def _record(store: Store, identity: str) -> Path:
     return store.root / FOLDER / f"{identity}.json"
-
-
-def _sweep(work: Path) -> None:
-    """Removes what killed imports of this machine left."""
-    for path in work.glob(f"[0-9]*-{host_token()}-*"):
-        process = path.name.partition("-")[0]
-        if path.is_dir() and process.isdigit() and not process_runs(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def files_of(rows: Mapping[str, OwnRows]) -> dict[str, dict[str, str]]:

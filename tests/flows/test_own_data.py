@@ -52,14 +52,14 @@ def test_two_folders_become_a_model_that_answers(
     init, check, run, ask = tutorial()
     code, text = project.run(*init)
     assert code == 0, text
-    code, text = project.run("compare", "params/mine.yaml", "--methods", "finetune", "--budget")
+    code, text = project.run("compare", "params/own.yaml", "--methods", "finetune", "--budget")
     assert code == 1
-    assert "run: graftline data import params/mine.yaml" in " ".join(text.split())
+    assert "run: graftline data import params/own.yaml" in " ".join(text.split())
     code, text = project.run(*check)
     assert code == 0, text
     assert "photo" in text and "24" in text
     for name in ("photo", "hum"):
-        sheet = project.folder / "reports/mine/data" / f"{name}.png"
+        sheet = project.folder / "reports/own/data" / f"{name}.png"
         with Image.open(sheet) as picture_:
             assert min(picture_.size) > 300
         assert "Which? -> " in sheet.with_suffix(".txt").read_text()
@@ -73,7 +73,7 @@ def test_two_folders_become_a_model_that_answers(
     assert "execution.device: cuda:99 cannot be used here" in flat
     code, text = project.run(*run, *SETTINGS)
     assert code == 0, text
-    metrics = json.loads((project.folder / "reports/mine/finetune/seed-0/metrics.json").read_text())
+    metrics = json.loads((project.folder / "reports/own/finetune/seed-0/metrics.json").read_text())
     assert metrics["order"] == ["photo", "hum"]
     assert set(metrics["scores"]) == {"photo", "hum"}
     assert {n for n in project.artifacts() if n.startswith("artifacts/rows/")} == imported
@@ -81,14 +81,14 @@ def test_two_folders_become_a_model_that_answers(
     code, text = project.run(*ask, *SETTINGS)
     assert code == 0, text
     monkeypatch.chdir(project.folder)
-    offered = choices_of(["params/mine.yaml"], dict(map(parse_override, SHORT)))
+    offered = choices_of(["params/own.yaml"], dict(map(parse_override, SHORT)))
     assert [choice.stage for choice in offered] == [2, 1]
 
-    code, text = project.run("plan", "params/mine.yaml", *SETTINGS)
+    code, text = project.run("plan", "params/own.yaml", *SETTINGS)
     assert code == 0, text
     assert "to run" not in text.partition("before it starts")[0]
     (project.folder / "my/photos/003.png").write_bytes(picture(77))
-    code, text = project.run("plan", "params/mine.yaml", *SETTINGS)
+    code, text = project.run("plan", "params/own.yaml", *SETTINGS)
     assert code == 0, text
     [line] = [each for each in text.splitlines() if "photo: rows" in each]
     assert "to run" in line
@@ -111,7 +111,7 @@ def test_bad_rows_stop_a_run_before_anything_is_computed(project: Project) -> No
     assert project.artifacts() == {}
     (project.folder / "my/photos/004.png").write_bytes(picture(4))
     (project.folder / "my/hums/002.wav").write_bytes(sound(220.0, 48_000))
-    code, text = project.run("data", "import", "params/mine.yaml")
+    code, text = project.run("data", "import", "params/own.yaml")
     assert code == 0, text
     assert "photo: 24 train, 3 validation, 3 test" in text
     assert {Path(name).parts[1] for name in project.artifacts()} == {"rows"}
@@ -127,6 +127,6 @@ def test_a_modality_of_captions_alone_is_learned_and_no_conversation_is_made_of_
     write_csv(project.folder / "my/photos/metadata.csv", captions)
     code, text = project.run(*run, *SETTINGS)
     assert code == 0, text
-    metrics = json.loads((project.folder / "reports/mine/finetune/seed-0/metrics.json").read_text())
+    metrics = json.loads((project.folder / "reports/own/finetune/seed-0/metrics.json").read_text())
     assert set(metrics["scores"]) == {"photo", "hum"}
     assert "joint" not in metrics or not metrics["joint"]

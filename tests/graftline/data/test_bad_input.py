@@ -21,11 +21,14 @@ import torch
 from graftline.data.encoding import encode_ply, encode_wav
 from graftline.data.kinds import decode_features, encode_features
 from graftline.data.rows import MediaError
+from graftline.data.sources.importing import Request
 from graftline.durable import host_token
 from graftline.errors import GraftlineError
 from graftline.model.backbone import load_backbone
 from graftline.model.prompts import MediaSlot, PromptEncoder
-from graftline.steps.imports import _sweep
+from graftline.settings.sources import SourceSettings
+from graftline.steps.imports import FOLDER, hashes_of, rows_of
+from graftline.store import Store
 from tests.graftline.data.own_media import (
     MAKERS,
     array,
@@ -320,11 +323,17 @@ def test_every_kind_of_media_has_bad_input_tried() -> None:
 
 
 def test_imports_of_other_machines_are_left_alone(tmp_path: Path) -> None:
+    make_folder(tmp_path / "mine", count=8)
+    store = Store(tmp_path / "artifacts")
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    ours, theirs = (tmp_path / f"{dead.pid}-{host}-x" for host in (host_token(), "0" * 8))
-    living = tmp_path / f"{os.getpid()}-{host_token()}-y"
+    work = store.root / FOLDER
+    ours, theirs = (
+        work / f".tmp-rows-{dead.pid}-{host}01234567" for host in (host_token(), "0" * 8)
+    )
+    living = work / f".tmp-rows-{os.getppid()}-{host_token()}01234567"
     for folder in (ours, theirs, living):
-        folder.mkdir()
-    _sweep(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([theirs, living])
+        folder.mkdir(parents=True)
+    request = Request("photo", "image", SourceSettings(folder=str(tmp_path / "mine")))
+    rows_of(request, store, hashes_of(store))
+    assert sorted(work.glob(".tmp-*")) == sorted([theirs, living])

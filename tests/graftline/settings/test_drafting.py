@@ -61,7 +61,9 @@ def test_every_key_stands_with_its_description():
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(RecipeError, match="smell not known; there are: image"):
+    with pytest.raises(RecipeError, match="imge not known; did you mean 'image'"):
+        draft("mine", "mera", ["imge"], SMOLLM2)
+    with pytest.raises(RecipeError, match="smell not known. There are: image"):
         draft("mine", "mera", ["image", "smell"], SMOLLM2)
     with pytest.raises(RecipeError) as error:
         draft("my recipe", "merra", ["image", "image"], "smollm")
