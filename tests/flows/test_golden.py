@@ -46,10 +46,11 @@ def measured(project: Project) -> dict[str, dict[str, list[float]]]:
     }
 
 
+@pytest.mark.timeout(900)
 def test_every_method_computes_what_it_did(fresh: Project, tmp_path: Path) -> None:
     methods = [name for name in get_args(ContinualName) if name != "experts"]
     given = ("--methods", ",".join(methods), *PAIR, *STRONG)
-    code, text = fresh.run("compare", "params/tiny.yaml", *given)
+    code, text = fresh.run("compare", "params/tiny.yaml", *given, seconds=600)
     assert code == 0, text
     rows = (fresh.folder / "reports/tiny/compare/table.csv").read_text().splitlines()
     assert {row.split(",")[1] for row in rows[1:]} == set(methods)

@@ -84,7 +84,10 @@ def test_few_rows_and_other_dtypes_are_left_to_torch(monkeypatch: pytest.MonkeyP
     layer.float()(torch.randn(FEW, 40))
 
 
-def test_layers_keep_their_names_and_copies_are_widened(tmp_path: Path) -> None:
+def test_layers_keep_their_names_and_copies_are_widened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("graftline.model.precision._cpu_multiplies_bfloat16", lambda: True)
     make_tiny(tmp_path, seed=0)
     model, _ = open_backbone(tmp_path, "bfloat16", "auto", "cpu")
     names = set(model.state_dict())
