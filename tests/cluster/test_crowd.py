@@ -16,7 +16,7 @@ from tests.cluster.seen import (
     wait_for_free_slots,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(3000)]
 
 METHODS = ("mera", "finetune", "merge-only", "realign-only")
 ORDERS = (("image",), ("image", "audio"))
@@ -39,7 +39,7 @@ def test_eight_runs_at_once(lab: Lab, alone: Machine, caplog: pytest.LogCaptureF
             code, text = alone.run(*_recipe(*each))
             assert code == 0, text
         for each, process in runs.items():
-            text, _ = process.communicate(timeout=1500)
+            text, _ = process.communicate(timeout=2500)
             assert process.returncode == 0, f"{each}: {text}"
         wait_for_free_slots(lab)
     for method, order in wanted:

@@ -13,7 +13,7 @@ from tests.cluster.conftest import Lab, Machine
 from tests.cluster.seen import ON_WORKERS, checkpoints, runs_in, wait_for_free_slots
 from tests.flows.conftest import TIMES
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 AWAY_SECONDS = 30.0
 SERVERS = ("prefect", "mlflow", "postgres", "store")
@@ -61,7 +61,7 @@ def test_a_server_that_is_away_costs_nothing(
     laptop, server = lab.machine("laptop"), lab.servers[name]
     before = checkpoints(lab, *workers)
     process = laptop.start(*recipe(seed), *ON_WORKERS)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while checkpoints(lab, *workers) <= before:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "no worker starts the fine-tuning"
@@ -71,7 +71,7 @@ def test_a_server_that_is_away_costs_nothing(
     server.start()
     code, text = alone.run(*recipe(seed))
     assert code == 0, text
-    text, _ = process.communicate(timeout=400)
+    text, _ = process.communicate(timeout=800)
     assert process.returncode == 0, text
     path = f"finetune/order-image/seed-{seed}"
     assert laptop.metrics(path) == alone.metrics(path)

@@ -62,7 +62,7 @@ class Project:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
-    def run(self, *arguments: str, seconds: float = 300) -> tuple[int, str]:
+    def run(self, *arguments: str, seconds: float = 500) -> tuple[int, str]:
         process = self.start(*arguments)
         text, _ = process.communicate(timeout=seconds)
         return process.returncode, text
