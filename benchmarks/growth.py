@@ -32,10 +32,11 @@ from graftline.data.build import by_modality, checksums
 from graftline.data.examples import ROWS, replay_rows
 from graftline.data.rows import SPLITS
 from graftline.methods import method_named
+from graftline.planning.history import recorded_seconds
 from graftline.planning.plan import Planner, Reference, Step
 from graftline.recipe import Recipe
 from graftline.settings.reading import load_recipe
-from graftline.steps.execution import execute, recorded_seconds
+from graftline.steps.execution import execute
 from graftline.steps.work import Machine
 from graftline.store import Store
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from graftline.model.opening import open_backbone
 from graftline.model.routing import (
     DenseWeight,
     LowRankWeight,
@@ -25,7 +26,6 @@ from graftline.model.routing import (
     routed,
     unroute_backbone,
 )
-from graftline.steps.work import open_backbone
 
 MODALITIES = 4
 

@@ -17,9 +17,9 @@ from graftline.model.loading import (
     read_connector,
     read_record,
 )
+from graftline.model.opening import open_backbone
 from graftline.planning.run import plan_run
 from graftline.recipe import Recipe
-from graftline.steps.work import open_backbone
 from graftline.stores import open_store
 from graftline.training.optimizer import MasterAdamW, ParameterGroup
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from graftline.evaluation.drifting import ConnectorDrift
     from graftline.recipe import Recipe
+    from graftline.steps.drifting import ConnectorDrift
 
 
 def drift(
@@ -41,8 +41,8 @@ def drift(
     chosen = checked(recipe, overrides_of(method, seed, settings))
     from pathlib import Path
 
-    from graftline.evaluation.drifting import connector_drifts
     from graftline.progress import shown
+    from graftline.steps.drifting import connector_drifts
     from graftline.steps.work import Machine
     from graftline.stores import open_store
     from tasks.outputs import usual_order

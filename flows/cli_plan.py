@@ -20,7 +20,7 @@ def plan(
     """Print a recipe's problems, its steps and what they will cost; nothing is computed."""
     chosen = checked(recipe, overrides_of(method, seed, settings))
     from flows import planning
-    from graftline.settings.problems import problems_error
+    from graftline.planning.problems import problems_error
     from tasks.outputs import usual_order
 
     prospect = planning.look_ahead(chosen, usual_order(recipe))

@@ -15,12 +15,11 @@ from flows.data import versioned
 from flows.dispatch import carry_out_jobs, step_job
 from flows.slots import Job
 from graftline.planning.costs import Window
-from graftline.planning.plan import Step
+from graftline.planning.plan import Step, is_done
+from graftline.planning.problems import require_possible
 from graftline.planning.run import RunPlan, plan_run
 from graftline.recipe import Recipe
-from graftline.settings.problems import require_possible
 from graftline.settings.reading import load_recipe
-from graftline.steps.execution import is_done
 from graftline.steps.work import Machine
 from graftline.stores import open_store
 from tasks.dispatch import check_machines

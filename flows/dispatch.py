@@ -9,10 +9,9 @@ from typing import Any
 from prefect.futures import PrefectFuture
 
 from flows.slots import Job, carry_out
-from graftline.planning.plan import Step
+from graftline.planning.plan import Step, is_done
 from graftline.planning.run import RunPlan
 from graftline.recipe import ExecutionSettings, Recipe
-from graftline.steps.execution import is_done
 from graftline.stores import open_store
 from tasks.dispatch import Chain, on_a_worker
 from tasks.references import DataVersion, Place

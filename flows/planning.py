@@ -16,9 +16,9 @@ from graftline.durable import nearest
 from graftline.errors import GraftlineError
 from graftline.manifest import CorruptArtifact
 from graftline.planning.forecast import Forecast, estimate_row_tokens, forecast
+from graftline.planning.problems import recipe_problems
 from graftline.planning.run import RunPlan, plan_run
 from graftline.recipe import Recipe
-from graftline.settings.problems import recipe_problems
 from graftline.store import Store
 from graftline.stores import open_store
 from tasks.outputs import report_folder

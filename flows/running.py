@@ -109,7 +109,7 @@ def run_addition(
 
 
 def _say_if_widened(recipe: Recipe, console: Console) -> None:
-    from graftline.steps.work import is_widened
+    from graftline.model.opening import is_widened
 
     if is_widened(recipe):
         console.print(

@@ -13,8 +13,8 @@ from flows.continual import opened_run, run_once
 from flows.data import versioned
 from flows.dispatch import compute_lacking
 from graftline.planning.plan import Step
+from graftline.planning.problems import require_possible
 from graftline.planning.run import RunPlan, plan_run
-from graftline.settings.problems import require_possible
 from graftline.settings.reading import load_recipe
 from graftline.steps.work import Machine
 from graftline.stores import open_store

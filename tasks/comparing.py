@@ -26,9 +26,8 @@ from graftline.evaluation.comparison_table import TimeSpent, csv_text, markdown
 from graftline.evaluation.report import RunScores, read_report
 from graftline.planning.comparison import WantedRun
 from graftline.planning.costs import seconds_by_activity
-from graftline.planning.plan import Reference
+from graftline.planning.plan import Reference, is_done
 from graftline.planning.run import RunPlan
-from graftline.steps.execution import is_done
 from graftline.stores import open_store
 from tasks import tracking
 from tasks.outputs import finished_reports, report_folder

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from graftline.durable import nearest, why_unwritable
 from graftline.errors import GraftlineError
+from graftline.model.opening import DTYPES
 from graftline.planning.forecast import ENCODER_SHAPES, BackboneShape, backbone_shape
 from graftline.planning.inference import feature_bytes, known_rows
-from graftline.planning.plan import Step
+from graftline.planning.plan import Step, is_done
 from graftline.planning.run import RunPlan
 from graftline.recipe import Recipe
 from graftline.settings.models import BackboneSource
-from graftline.steps.execution import is_done
-from graftline.steps.work import DTYPES
 from graftline.store import Store
 from graftline.stores import machine_folder
 from tasks import tracking

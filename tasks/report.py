@@ -29,10 +29,10 @@ from graftline.evaluation.report import (
     split_scores,
     write_report,
 )
-from graftline.evaluation.results import collect
 from graftline.planning.costs import Costs, Window, busy_seconds, costs_of, seconds_by_step
 from graftline.planning.plan import Model, Step
 from graftline.planning.run import RunPlan, plan_run
+from graftline.steps.results import collect
 from graftline.store import Store
 from graftline.stores import open_store
 from tasks import tracking

@@ -21,11 +21,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
 from prefect.tasks import exponential_backoff
 
-from graftline.planning.plan import Reference, Step
+from graftline.planning.plan import Reference, Step, is_done
 from graftline.planning.run import PlannedScore, RunPlan
+from graftline.step_code import CODE
 from graftline.steps import features
-from graftline.steps.code import CODE
-from graftline.steps.execution import execute, is_done
+from graftline.steps.execution import execute
 from graftline.store import Store
 from graftline.stores import open_store
 from tasks.patience import patiently

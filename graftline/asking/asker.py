@@ -19,9 +19,9 @@ from graftline.evaluation.answering import answer_batches
 from graftline.model.encoders import Encoder
 from graftline.model.loading import LoadedModel, read_record
 from graftline.model.multimodal import collate
+from graftline.model.opening import device_named
 from graftline.model.prompts import EncodedPrompt, PromptEncoder
 from graftline.recipe import KINDS
-from graftline.steps.work import device_named
 
 BATCH = 32
 """Conversations that are answered together."""

@@ -12,12 +12,12 @@ from graftline.errors import GraftlineError
 from graftline.methods import Stage
 from graftline.model.building import BUILDING
 from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
+from graftline.model.opening import device_named, open_backbone
 from graftline.model.prompts import PromptEncoder
 from graftline.model.routing.composed import route_to_adapters, route_to_experts, route_to_masks
 from graftline.model.routing.router import Text
 from graftline.planning.plan import Reference
 from graftline.planning.run import RunPlan
-from graftline.steps.work import device_named, open_backbone
 from graftline.store import Store
 
 

@@ -27,7 +27,7 @@ from graftline.settings.models import (
     TimmEncoder,
     TransformersEncoder,
 )
-from graftline.steps.code import source_digest
+from graftline.step_code import source_digest
 
 TAKES = {encoder: kind for kind, encoder in STARTERS.items()}
 """The starter's encoders, and what each of them encodes."""

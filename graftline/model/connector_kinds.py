@@ -23,7 +23,7 @@ from graftline.model.loading import ConnectorRecord
 from graftline.model.projector import ProjectorConnector
 from graftline.model.resampler import ResamplerConnector
 from graftline.settings.models import ConnectorSettings
-from graftline.steps.code import source_digest
+from graftline.step_code import source_digest
 
 _RESAMPLED, _PROJECTED = "layers", "group"
 """What only a resampler's shape has, and only a projector's."""

@@ -20,7 +20,7 @@ from graftline.model.pretrained import (
     pin_problem,
 )
 from graftline.settings.models import BackboneSource
-from graftline.steps.code import source_digest
+from graftline.step_code import source_digest
 
 # For an LLM without a chat template: what a base model can follow, and a turn's end is its own.
 PLAIN_TEMPLATE = (

@@ -14,15 +14,15 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from pyarrow.parquet import read_metadata
 
-from graftline.data.examples import replay_rows
+from graftline.data.examples import ROWS, replay_rows
 from graftline.evaluation.cells import JOINT
 from graftline.manifest import read_manifest
 from graftline.model.loading import read_record
+from graftline.planning.history import TIMING
 from graftline.planning.plan import Reference, Step
 from graftline.planning.run import RunPlan
-from graftline.steps.execution import TIMING
-from graftline.steps.work import train_rows
 from graftline.store import Store
 from graftline.weight_files import Entry, read_header
 
@@ -333,3 +333,8 @@ def _numbers(content: bytes, dtype: str) -> NDArray[np.generic]:
         return (np.frombuffer(content, "<u2").astype(np.uint32) << _SHIFT).view(np.float32)
     known = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
     return np.frombuffer(content, known.get(dtype, "u1"))
+
+
+def train_rows(features: Path) -> int:
+    """How many training rows a features artifact's folder holds."""
+    return int(read_metadata(features / "train" / ROWS).num_rows)

@@ -26,17 +26,15 @@ import pyarrow.parquet as pq
 
 from graftline.data.rows import split_file
 from graftline.model.efficientnet import FrameEncoder, ImageEncoder
+from graftline.model.opening import DTYPES
 from graftline.model.own_backbone import backbone_name
 from graftline.model.point_sets import BasisPointSetEncoder
 from graftline.model.whisper import WhisperAudioEncoder
 from graftline.planning.history import history_of
 from graftline.planning.inference import connector_size, encoder_shape, inference_flops
-from graftline.planning.plan import Step
+from graftline.planning.plan import TOGETHER, Step, is_done
 from graftline.recipe import Recipe
 from graftline.settings.models import BackboneSource
-from graftline.steps.execution import is_done
-from graftline.steps.together import TOGETHER
-from graftline.steps.work import DTYPES
 from graftline.store import Store
 
 CHARACTERS_A_TOKEN = 4.0

@@ -12,8 +12,10 @@ from typing import Any
 
 from graftline.manifest import MANIFEST
 from graftline.planning.plan import Step
-from graftline.steps.execution import recorded_seconds
 from graftline.store import Store
+
+TIMING = "timing.json"
+"""What a finished step took; its name among a step's notes and in its folder."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,11 @@ def _sources(
 def _without_seed(parameters: Mapping[str, Any]) -> str:
     kept = {name: value for name, value in parameters.items() if name != "seed"}
     return json.dumps(kept, sort_keys=True, default=dict)
+
+
+def recorded_seconds(folder: Path) -> float | None:
+    """How long the whole step of an artifact's folder took; None if that is not recorded there."""
+    try:
+        return float(json.loads((folder / TIMING).read_text(encoding="utf-8"))["step_seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # of an older version, or damaged: no history, and nobody's input

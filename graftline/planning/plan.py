@@ -18,8 +18,13 @@ from graftline.merging.rules import parameters_for, rule_named
 from graftline.model.connector_kinds import connector_parameters
 from graftline.model.own_backbone import backbone_parameters
 from graftline.recipe import PhaseSettings, Recipe
-from graftline.steps.code import code_digest, source_digest
+from graftline.step_code import code_digest, source_digest
 from graftline.store import Artifact, Store
+
+TOGETHER = frozenset(
+    {"features", "align", "fine-tune", "realign", "realign-masked", "evaluate", "evaluate-joint"}
+)
+"""Kinds of steps that several processes can carry out, each with its share of the rows."""
 
 
 @dataclass(frozen=True)
@@ -326,3 +331,8 @@ class Planner:
         reference = step.reference
         self.steps.setdefault(reference, step)
         return reference
+
+
+def is_done(step: Step, store: Store) -> bool:
+    """Whether a step's artifact is published."""
+    return store.holds(step.kind, step.reference.fingerprint)

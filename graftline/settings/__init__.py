@@ -1,1 +1,1 @@
-"""The parts of a recipe, how one is read and drafted, and what is wrong with it."""
+"""The parts of a recipe, how one is read and drafted, and what its types find wrong."""

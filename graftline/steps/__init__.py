@@ -1,1 +1,1 @@
-"""Carrying out the steps of a plan, by one process or by several, and which code computes each."""
+"""Carrying out the steps of a plan, by one process or by several, and reading what they left."""

@@ -26,6 +26,7 @@ from graftline.model.loading import LoadedModel
 from graftline.model.own_backbone import write_own_backbone
 from graftline.model.routing.adapters import write_adapters
 from graftline.model.routing.layers import routable_parameters
+from graftline.planning.history import TIMING
 from graftline.planning.plan import Reference, Step
 from graftline.progress import track
 from graftline.recipe import LoraSettings
@@ -55,15 +56,9 @@ from graftline.team import current
 from graftline.training import phases
 from graftline.training.resampling import align_resampler
 
-TIMING = "timing.json"
 _SESSION = "session.json"
 _AT_ONCE = frozenset({"backbone", "merge", "weighted-merge", "perplexity", "statistics", "correct"})
 """Kinds without a loop that says how far it is: they are shown as one round, with their time."""
-
-
-def is_done(step: Step, store: Store) -> bool:
-    """Whether a step's artifact is published."""
-    return store.holds(step.kind, step.reference.fingerprint)
 
 
 def execute(step: Step, store: Store, machine: Machine) -> Artifact:
@@ -132,14 +127,6 @@ def _found(store: Store, role: str, parent: Reference) -> Artifact | None:
     if role.startswith("connector."):
         return store.find_files(parent.kind, parent.fingerprint, "connector-")
     return store.find(parent.kind, parent.fingerprint)
-
-
-def recorded_seconds(folder: Path) -> float | None:
-    """How long the whole step of an artifact's folder took; None if that is not recorded there."""
-    try:
-        return float(json.loads((folder / TIMING).read_text(encoding="utf-8"))["step_seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # of an older version, or damaged: no history, and nobody's input
 
 
 def _record_seconds(file: Path, seconds: float, earlier: float) -> None:

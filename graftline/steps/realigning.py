@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from graftline.data.examples import ROWS
 from graftline.data.features import FeatureTable
 from graftline.model.loading import ConnectorRecord, read_connector, read_record, save_connector
+from graftline.model.opening import open_backbone
 from graftline.realignment.correction import correcting_map, first_readings, fold_into
 from graftline.realignment.decoupling import decouple
 from graftline.realignment.distilling import Lesson, Teacher
@@ -24,7 +25,6 @@ from graftline.steps.work import (
     Work,
     call_of,
     check_untouched,
-    open_backbone,
     phase_settings,
     realign_settings,
     seen_share,

@@ -24,17 +24,13 @@ from uuid import uuid4
 import torch
 
 from graftline.errors import GraftlineError
-from graftline.planning.plan import Reference, Step
+from graftline.planning.plan import TOGETHER, Reference, Step
 from graftline.progress import relayed, replayed
 from graftline.steps.supervised import start_child, stop_child, when_parent_ends
 from graftline.steps.work import Machine, Work
 from graftline.store import Artifact
 from graftline.team import Team, joined
 
-TOGETHER = frozenset(
-    {"features", "align", "fine-tune", "realign", "realign-masked", "evaluate", "evaluate-joint"}
-)
-"""Kinds of steps that several processes can carry out, each with its share of the rows."""
 _NEVER_SHARDED = frozenset({"guarded-fine-tune", "distil"})
 """Those that several processes carry out too, but each with the whole backbone: what their losses
 compare it with (a teacher, an anchor, earlier subspaces) is whole."""

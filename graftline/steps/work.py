@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyarrow.parquet import read_metadata
 
-from graftline.data.examples import ROWS, replay_rows
+from graftline.data.examples import replay_rows
 from graftline.errors import GraftlineError
 from graftline.merging.backbones import changed_tensors
-from graftline.model.attention import attention_for
-from graftline.model.backbone import load_backbone
-from graftline.model.precision import computing_dtype, products_are_faster_wide
-from graftline.model.products import widen_products
+from graftline.model.opening import device_named, open_backbone
+from graftline.planning.costs import train_rows
 from graftline.planning.plan import Step
 from graftline.recipe import PhaseSettings, Recipe
 from graftline.store import Artifact
@@ -24,7 +21,6 @@ from graftline.team import current
 from graftline.training import phases
 
 CORES = torch.get_num_threads()
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -122,43 +118,6 @@ def load(work: Work) -> tuple[Any, Any]:
     return open_backbone(folder, given["precision"], given["attention"], device, place)
 
 
-def open_backbone(
-    folder: Path, precision: str, attention: str, device: str, place: str | None = None
-) -> tuple[Any, Any]:
-    """A backbone and its tokenizer, by a recipe's words.
-
-    Args:
-        folder: a `transformers` folder.
-        precision: name of its weights' dtype on disk, in which `save_backbone` writes it again.
-        attention: `auto`, or `transformers`' name of an implementation.
-        device: where it computes, which chooses the dtype it computes in.
-        place: where its weights go, if not there.
-    """
-    if attention == "auto":
-        attention = attention_for(folder, device)
-    stored = DTYPES[precision]
-    dtype = computing_dtype(stored, device)
-    model, tokenizer = load_backbone(folder, dtype, attention, place or device)
-    if products_are_faster_wide(dtype, device):
-        widen_products(model)
-    model.config.dtype = stored
-    return model, tokenizer
-
-
-def is_widened(recipe: Recipe) -> bool:
-    """Whether backbones are computed in another dtype here than the recipe stores them in."""
-    stored = DTYPES[recipe.precision]
-    here = recipe.execution.where == "here"
-    return here and computing_dtype(stored, device_named(recipe.execution.device)) != stored
-
-
-def device_named(device: str) -> str:
-    """The device itself where a recipe says `auto`."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def realign_settings(work: Work) -> PhaseSettings:
     """A realigning step's settings of the loop: as many steps as its passes over the replay allow.
 
@@ -179,11 +138,6 @@ def realign_settings(work: Work) -> PhaseSettings:
 def seen_share(work: Work) -> float:
     """Share of its modality's training rows that a realigning step sees: all if none is named."""
     return float(work.step.parameters.get("fraction", 1.0))
-
-
-def train_rows(features: Path) -> int:
-    """How many training rows a features artifact's folder holds."""
-    return int(read_metadata(features / "train" / ROWS).num_rows)
 
 
 def phase_settings(parameters: Any) -> PhaseSettings:

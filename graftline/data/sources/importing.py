@@ -20,7 +20,7 @@ from graftline.data.sources.tables import ConversationSource, FolderSource
 from graftline.data.sources.writing import RowsWriter
 from graftline.errors import GraftlineError
 from graftline.settings.sources import SourceSettings
-from graftline.steps.code import source_digest
+from graftline.step_code import source_digest
 
 Progress = Callable[[str, int, int], None]
 CODE = ("data/rows.py", "data/kinds.py", "data/wav.py", "data/encoding.py", "data/sources/*.py")

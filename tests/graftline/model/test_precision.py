@@ -7,8 +7,8 @@ import torch
 
 from graftline.model import precision
 from graftline.model.backbone import make_tiny, save_backbone
+from graftline.model.opening import open_backbone
 from graftline.model.precision import computing_dtype
-from graftline.steps.work import open_backbone
 
 
 @pytest.fixture(params=[True, False], ids=["cpu-with-bfloat16", "cpu-without"])

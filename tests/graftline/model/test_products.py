@@ -9,9 +9,9 @@ from torch import nn
 
 from graftline.model import products
 from graftline.model.backbone import make_tiny
+from graftline.model.opening import open_backbone
 from graftline.model.precision import products_are_faster_wide
 from graftline.model.products import FEW, WidenedLinear, widen_products
-from graftline.steps.work import open_backbone
 
 WITHOUT_AMX = {"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}
 

@@ -17,9 +17,10 @@ from graftline.planning.costs import (
     seconds_by_activity,
     step_seconds,
 )
+from graftline.planning.history import TIMING
 from graftline.planning.run import plan_run
 from graftline.settings.reading import load_recipe
-from graftline.steps.execution import TIMING, begin_session
+from graftline.steps.execution import begin_session
 from graftline.store import Store
 
 TINY = Path(__file__).resolve().parents[3] / "params/tiny.yaml"

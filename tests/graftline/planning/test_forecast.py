@@ -18,9 +18,9 @@ from graftline.planning.forecast import (
     training_flops,
 )
 from graftline.planning.plan import Step
+from graftline.planning.problems import recipe_problems
 from graftline.planning.run import plan_run
 from graftline.recipe import Recipe
-from graftline.settings.problems import recipe_problems
 from graftline.settings.reading import load_recipe
 from graftline.store import Store
 from graftline.weight_files import read_header

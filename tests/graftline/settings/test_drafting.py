@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from graftline.planning.problems import recipe_problems
 from graftline.recipe import ConnectorSettings, Recipe
 from graftline.settings.drafting import draft
 from graftline.settings.models import STARTERS
-from graftline.settings.problems import recipe_problems
 from graftline.settings.reading import RecipeError, load_recipe
 
 ROOT = Path(__file__).resolve().parents[3]

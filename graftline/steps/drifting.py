@@ -9,6 +9,7 @@ from typing import Any
 
 from graftline.errors import GraftlineError
 from graftline.methods import method_named
+from graftline.model.opening import open_backbone
 from graftline.planning.plan import Model, Planner, Reference
 from graftline.planning.realigning import RealignPlanner
 from graftline.realignment.correction import first_readings
@@ -17,7 +18,7 @@ from graftline.realignment.drift import answer_drift, reading_drift, second_mome
 from graftline.realignment.statistics import read_statistics
 from graftline.recipe import Recipe
 from graftline.steps.execution import execute
-from graftline.steps.work import Machine, open_backbone
+from graftline.steps.work import Machine
 from graftline.store import Store
 
 _MOMENT_SAMPLES = 1000

@@ -107,7 +107,7 @@ def code_digest(kind: str) -> str:
 @cache
 def source_digest(*patterns: str) -> str:
     """Digest of source files of the library, blind to comments, docstrings and formatting."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parent
     digest = sha256()
     for pattern in patterns:
         for path in sorted(root.glob(pattern)):
