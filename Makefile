@@ -16,9 +16,11 @@ help:
 	@echo "make clean      remove what tests and tools leave behind"
 	@echo "make distclean  also remove .venv, artifacts, mlruns and the Prefect database"
 
+# The third line brings the libraries of a CUDA build of torch, which no lock for all machines can name.
 $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet --constraint requirements.lock torch
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
