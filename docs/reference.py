@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from typer.main import get_command
 
 from flows.cli import app
+from graftline.merging.rules import RULES
 from graftline.recipe import Recipe
 
 PAGE = Path(__file__).with_name("reference.md")
@@ -37,8 +38,15 @@ def page() -> str:
     for title, model in _sections(Recipe, ""):
         lines += ["", f"### {title or 'top level'}", ""]
         lines += [f"{_first_line(model)}", ""] if _first_line(model) else []
-        lines += ["| key | type | default | what it is |", "|---|---|---|---|"]
-        lines += [_row(name, field) for name, field in model.model_fields.items()]
+        lines += _table(model)
+    lines += ["", "## Merge rules", ""]
+    lines += [
+        "What `compose.parameters.RULE` and `merge.parameters` take, and `--set` of `merge` and",
+        "`combine`.",
+    ]
+    for name, rule in RULES.items():
+        lines += ["", f"### {name}", ""]
+        lines += _table(rule.parameters) if rule.parameters.model_fields else ["Nothing."]
     lines += ["", "## Commands", ""]
     command = get_command(app)
     context = typer.Context(command, info_name="graftline")
@@ -72,6 +80,11 @@ def _all(annotation: Any) -> Iterator[Any]:
 def _parts(annotation: Any) -> list[type[BaseModel]]:
     types_in = (each for each in _all(annotation) if isinstance(each, type))
     return [each for each in types_in if issubclass(each, BaseModel)]
+
+
+def _table(model: type[BaseModel]) -> list[str]:
+    rows = [_row(name, field) for name, field in model.model_fields.items()]
+    return ["| key | type | default | what it is |", "|---|---|---|---|", *rows]
 
 
 def _row(name: str, field: FieldInfo) -> str:
