@@ -6,7 +6,9 @@ the score of the expert for m. The modality of stage i is `order[i - 1]`. All sc
 and not negative, in any unit that is the same for the two sides of a ratio.
 
 Definitions (BRG and FRG: the paper of MERA, "Merge then Realign", arXiv 2503.07663, EMNLP
-2025; retention: our own, against experts, so that a weak stage cannot hide behind a ratio):
+2025, as its re-implementation has them for two modalities; that BRG divides by S[j][j] beyond
+the first is ours; retention: our own, against experts, so that a weak stage cannot hide behind
+a ratio):
 
     BRG_i     = 100 / (i - 1) * sum_{j < i} S[i][m_j] / S[j][m_j]     for i >= 2
     FRG_i     = 100 * S[i][m_i] / V[m_i]

@@ -13,8 +13,8 @@ from graftline.planning.plan import Model, Planner
 def der(planner: Planner, order: Sequence[str]) -> list[Stage]:
     """Beside each batch as many replayed rows, on which logits and answers are to stay.
 
-    The logits are those that a row's answer had at the end of the stage that learned it, as in the
-    paper, kept on disk: on the starter some 0.2 GB a modality.
+    The logits are those that a row's answer had at the end of the stage that learned it [ours: the
+    paper samples them along the trajectory], kept on disk: on the starter some 0.2 GB a modality.
     """
     return chain(planner, order, _learn)
 

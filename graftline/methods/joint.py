@@ -1,4 +1,4 @@
-"""All modalities at once, with all their data: the upper bound that no chain may use."""
+"""All modalities at once, with all their data, which no chain may use: often called the bound."""
 
 from __future__ import annotations
 
