@@ -236,13 +236,16 @@ def merge(
 @data_app.command("build")
 def data_build(
     folder: Annotated[Path, typer.Option(help="Where the data go.")] = Path("data"),
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the starter's data that are there.")
+    ] = False,
 ) -> None:
     """Build the starter's data; the same bytes every time."""
-    from graftline.data.build import build, directory_md5
+    from graftline.data.build import build, directory_md5, require_replaceable
     from graftline.progress import shown
     from tasks.data import bar
 
+    require_replaceable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise GraftlineError(f"{folder} is not empty; add --force to replace it")
     with shown(console), bar() as progress:
@@ -255,16 +258,18 @@ def data_verify(
     folder: Annotated[Path, typer.Option(help="The data folder.")] = Path("data"),
 ) -> None:
     """Compare the data with what data.dvc records; name each file that differs."""
-    from graftline.data.build import recorded, verify
+    from graftline.data.build import STARTERS_FILES, checksums, recorded, verify
     from tasks.data import pointer
 
     source = pointer(folder)
     problems = verify(folder, source)
     if problems:
         listed = "\n  ".join(problems)
+        advice = "Restore them with `dvc checkout`"
+        if checksums(folder).keys() | recorded(source)[1].keys() <= STARTERS_FILES:
+            advice += f", or rebuild them with `graftline data build --folder {folder} --force`"
         raise GraftlineError(
-            f"{len(problems)} file(s) differ from {source}:\n  {listed}\n"
-            "Restore them with `dvc checkout`, or rebuild with `graftline data build --force`."
+            f"{len(problems)} file(s) differ from {source}:\n  {listed}\n{advice}."
         )
     out.print(f"{folder} is what {source} records: md5 {recorded(source)[0]}")
 

@@ -15,7 +15,7 @@ import yaml
 
 from graftline.data import images, point_clouds, sounds, videos
 from graftline.data.parts import Progress
-from graftline.data.rows import Row, as_columns, schema, split_file
+from graftline.data.rows import MODALITIES, SPLITS, Row, as_columns, schema, split_file
 from graftline.errors import GraftlineError
 
 DEFAULT_SIZES = {"train": 3200, "validation": 240, "test": 400}
@@ -27,7 +27,12 @@ GENERATORS: dict[str, Generate] = {
     "video": videos.generate,
     "point_cloud": point_clouds.generate,
 }
+STARTERS_FILES = frozenset(
+    split_file(Path(), modality, split).as_posix() for modality in MODALITIES for split in SPLITS
+)
+"""All that a build writes, by the path in its folder."""
 _ROWS_A_GROUP = 400
+_LISTED = 5
 
 
 def build(
@@ -40,19 +45,19 @@ def build(
     """Build the data of all modalities; the folder appears complete or not at all.
 
     Args:
-        folder: Where the data go; what was there is replaced.
+        folder: Where the data go; the starter's data that were there are replaced.
         sizes: Rows of each split, the same for each modality; `DEFAULT_SIZES` when None.
         seed: Seed of all random choices; the same seed gives the same bytes.
         progress: Called before each modality and at the end.
         cache: Folder of cached parts.
 
     Raises:
-        GraftlineError: A part is missing or damaged, a size is wrong, a file lies in the folder's
-            place, or the disk refuses.
+        GraftlineError: A part is missing or damaged, a size is wrong, something lies in the
+            folder that is not the starter's, or the disk refuses.
     """
     wanted = DEFAULT_SIZES if sizes is None else sizes
     target = folder.absolute()
-    _refuse_file(target)
+    require_replaceable(target)
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -138,10 +143,35 @@ def _sync_folders(folder: Path) -> None:
             os.close(handle)
 
 
-def _refuse_file(target: Path) -> None:
-    """What lies in the folder's place and is no folder is somebody's, and is kept."""
-    if target.exists() and not target.is_dir():
-        raise GraftlineError(f"{target} is a file, not a folder of data; name a folder")
+def require_replaceable(folder: Path) -> None:
+    """Stop before a build would delete what somebody else put into its place.
+
+    Raises:
+        GraftlineError: A file lies in the folder's place, or the folder holds more than the
+            starter's files.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise GraftlineError(f"{folder} is a file, not a folder of data; name a folder")
+    others = _others(folder) if folder.is_dir() else []
+    if others:
+        more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
+        raise GraftlineError(
+            f"{folder}: holds {', '.join(others[:_LISTED])}{more}, which the starter does not have "
+            "and a build would delete; move it away, or build into another folder with "
+            "`graftline data build --folder`"
+        )
+
+
+def _others(folder: Path) -> list[str]:
+    """What lies in a folder and is no file of the starter's."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.name in MODALITIES and path.is_dir() and not path.is_symlink():
+            inside = {f"{path.name}/{each.name}": each for each in sorted(path.iterdir())}
+            found += [n for n, each in inside.items() if n not in STARTERS_FILES or each.is_dir()]
+        else:
+            found.append(path.name)
+    return found
 
 
 def _swap(temporary: Path, target: Path) -> None:
@@ -167,7 +197,9 @@ def checksums(folder: Path) -> dict[str, str]:
         GraftlineError: The folder does not exist.
     """
     if not folder.is_dir():
-        raise GraftlineError(f"{folder} is missing; run `graftline data build` to make it")
+        raise GraftlineError(
+            f"{folder} is missing; run `graftline data build --folder {folder}` to make it"
+        )
     sums = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as stream:

@@ -99,9 +99,13 @@ def require_valid(
         lines = [str(problem) for problem in problems[:_LONGEST_LIST]]
         if len(problems) > _LONGEST_LIST:
             lines.append(f"... and {len(problems) - _LONGEST_LIST} more")
+        starters = {Path(problem.file).parent.name for problem in problems} <= set(MODALITIES)
+        rebuild = f"graftline data build --folder {folder} --force"
         raise GraftlineError(
-            f"the data in {folder} have {len(problems)} problem(s); mend these rows, or rebuild "
-            "the starter's data with `graftline data build`:\n  " + "\n  ".join(lines)
+            f"the data in {folder} have {len(problems)} problem(s); mend these rows"
+            + (f", or rebuild the starter's data with `{rebuild}`" if starters else "")
+            + ":\n  "
+            + "\n  ".join(lines)
         )
 
 

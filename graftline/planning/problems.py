@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import torch
 
-from graftline.data.rows import SPLITS
+from graftline.data.rows import MODALITIES, SPLITS
 from graftline.encoders import encoder_problem
 from graftline.errors import GraftlineError
 from graftline.merging.rules import RULES, parameters_for, rule_named
@@ -38,9 +38,11 @@ def recipe_problems(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]])
         missing = [split for split in SPLITS if split not in data_files.get(modality, {})]
         if missing and recipe.modality(modality).data is None:
             files = ", ".join(f"{recipe.data.folder}/{modality}/{each}.parquet" for each in missing)
+            rebuild = f"`graftline data build --folder {recipe.data.folder} --force`"
+            advice = f" rebuild the starter's with {rebuild}," if modality in MODALITIES else ""
             problems.append(
-                f"order: {modality} has no data: {files} missing; put the rows there, rebuild the "
-                f"starter's with `graftline data build --force`, or take {modality} out of order"
+                f"order: {modality} has no data: {files} missing; put the rows there,{advice} or "
+                f"take {modality} out of order"
             )
     problems += _connector_problems(recipe)
     return [*problems, *_rule_problems(recipe), *_device_problems(recipe)]

@@ -74,3 +74,19 @@ def test_data_without_record_are_named(tmp_path):
     code, text = _graftline("data", "verify", folder=tmp_path)
     assert code == 1
     assert "data.dvc" in text
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_rebuilding_is_advised_for_the_starter_s_data_alone(tmp_path, own):
+    names = ["image/train.parquet", *(["xray/train.parquet"] if own else [])]
+    for name in names:
+        (tmp_path / "data" / name).parent.mkdir(parents=True)
+        (tmp_path / "data" / name).write_bytes(b"rows")
+    (tmp_path / "data.dvc").write_text("outs: [{md5: 0.dir, path: data}]\n")
+    code, text = _graftline("data", "verify", folder=tmp_path)
+    assert code == 1
+    assert "`dvc checkout`" in text
+    assert ("`graftline data build --folder data --force`" in text) is not own
+    code, text = _graftline("data", "build", folder=tmp_path)
+    assert code == 1
+    assert ("add --force" in text, "data: holds xray, which" in text) == (not own, own)

@@ -86,6 +86,26 @@ def test_a_file_in_the_folder_s_place_is_kept(tmp_path: Path, sizes: dict[str, i
     assert mine.read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize(
+    ("mine", "named"),
+    [
+        ("xray/train.parquet", "xray"),
+        ("notes.txt", "notes.txt"),
+        ("image/more.parquet", "image/more.parquet"),
+        ("audio/train.parquet/part-0.parquet", "audio/train.parquet"),
+    ],
+)
+def test_what_is_not_the_starter_s_is_kept(
+    tmp_path: Path, sizes: dict[str, int], mine: str, named: str
+) -> None:
+    for name in ("data/image/test.parquet", f"data/{mine}"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(GraftlineError, match=f"data: holds {named}, which the starter does not"):
+        build(tmp_path / "data", sizes)
+    assert (tmp_path / "data" / mine).read_bytes() == b"mine"
+
+
 def test_wrong_sizes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(GraftlineError, match="'train' is 0"):
         build(tmp_path / "data", {"train": 0})

@@ -137,3 +137,13 @@ def test_require_valid_lists_the_problems(data: Path) -> None:
         require_valid(data)
     assert "image/test.parquet, row 0" in str(caught.value)
     assert "audio/test.parquet, row 1" in str(caught.value)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_rebuilding_is_advised_for_the_starter_s_data_alone(data: Path, own: bool) -> None:
+    name = "xray" if own else "image"
+    (data / "image").rename(data / name)
+    (data / name / "test.parquet").unlink()
+    with pytest.raises(GraftlineError, match=f"{name}/test.parquet") as raised:
+        require_valid(data, {name: "image"})
+    assert ("graftline data build" in str(raised.value).partition("\n")[0]) is not own

@@ -126,6 +126,16 @@ def test_all_problems_come_at_once():
     assert recipe_problems(_tiny(), FILES) == []
 
 
+@pytest.mark.parametrize(("name", "advised"), [("image", True), ("xray", False)])
+def test_only_the_starter_s_modalities_are_rebuilt(name, advised):
+    encoder = {"encoder": "efficientnet-lite0", "media": "image"}
+    recipe = _tiny(**{"order": [name], f"modalities.{name}": encoder, "data.folder": "mine"})
+    [problem] = recipe_problems(recipe, {})
+    assert f"{name} has no data: mine/{name}/train.parquet" in problem
+    assert ("graftline data build --folder mine --force" in problem) is advised
+    assert ("graftline data build" in problem) is advised
+
+
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
