@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from prefect import flow
 
+from graftline.data.rows import MODALITIES
 from graftline.recipe import Recipe
 from tasks.data import build_data, record_version, validate_data
 from tasks.own_data import import_own_data, in_folder, with_own
@@ -26,7 +27,7 @@ def version_data(
     Returns:
         The version: md5 of the folder and of each file.
     """
-    build_data(folder, store)
+    build_data(folder, store, modalities or MODALITIES)
     validate_data(folder, store, modalities)
     return record_version(folder, store)
 

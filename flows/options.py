@@ -51,6 +51,7 @@ def overrides_of(
 
 def no_data(recipe: Recipe, path: Path) -> GraftlineError:
     """Why nothing can be planned, and what to do."""
+    from tasks.data import why_not_built
     from tasks.own_data import in_folder, known_data
 
     known, _ = known_data(recipe)
@@ -67,7 +68,8 @@ def no_data(recipe: Recipe, path: Path) -> GraftlineError:
             "of order"
         )
     return GraftlineError(
-        f"{recipe.data.folder} holds no data yet, so nothing can be planned; run: "
+        why_not_built(recipe.data.folder, in_folder(recipe))
+        or f"{recipe.data.folder} holds no data yet, so nothing can be planned; run: "
         "graftline data build"
     )
 

@@ -21,8 +21,9 @@ from graftline.planning.run import RunPlan, plan_run
 from graftline.recipe import Recipe
 from graftline.store import Store
 from graftline.stores import open_store
+from tasks.data import why_not_built
 from tasks.outputs import report_folder
-from tasks.own_data import known_data
+from tasks.own_data import in_folder, known_data
 from tasks.preflight import bytes_needed, check_disk, check_folders
 from tasks.steps import by_stage
 
@@ -72,6 +73,9 @@ def look_ahead(recipe: Recipe, usual: Sequence[str]) -> Prospect:
     built = folder.is_dir() and any(folder.iterdir())
     report = report_folder(recipe, usual)
     problems = [*complaints, *recipe_problems(recipe, known if built else files)]
+    wanted = in_folder(recipe)
+    missing = why_not_built(recipe.data.folder, wanted) if wanted else None
+    problems += [missing] if missing else []
     problems += _complaints(lambda: check_folders(recipe, report))
     store = open_store(recipe.store, verify="quick")
     try:
@@ -209,7 +213,8 @@ def cost_table(prospect: Prospect) -> Table:
         table.add_row("GPU hours", f"{hours:.3g}", rate)
     memory = "of the largest step: weights, gradients, fp32 master, two moments; no activations"
     table.add_row("memory", _bytes(costs.memory_bytes), memory)
-    table.add_row("data", prospect.data[:12], recipe.data.folder)
+    data = prospect.data if prospect.data == NOT_BUILT else prospect.data[:12]
+    table.add_row("data", data, recipe.data.folder)
     return table
 
 

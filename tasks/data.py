@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from graftline.data.rows import MODALITIES
 from graftline.data.validation import require_valid
 from graftline.errors import GraftlineError
 from graftline.progress import Advance, track
+from graftline.recipe import DataSettings
 from graftline.stores import machine_folder
 from tasks.references import DataVersion
 
@@ -37,17 +38,59 @@ def pointer(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.dvc")
 
 
+def why_not_built(folder: str, modalities: Iterable[str]) -> str | None:
+    """Why a data folder that is missing is not made by itself, and what to do.
+
+    Who names a folder, or has modalities that the starter does not have, wants rows of their own:
+    the starter's would be trained on in their place.
+
+    Args:
+        folder: the data folder.
+        modalities: whose rows are to lie in it.
+
+    Returns:
+        None where it is there, or the starter's data are made there.
+    """
+    place, own = Path(folder), [name for name in modalities if name not in MODALITIES]
+    usual = os.path.abspath(folder) == os.path.abspath(DataSettings().folder)
+    if _is_filled(place) or (usual and not own):
+        return None
+    problem = f"data.folder: {folder}: "
+    problem += "is empty" if place.is_dir() else "there is no such folder"
+    if own:
+        problem += (
+            f", and the starter has no rows of {', '.join(own)}; put rows there as "
+            "<name>/<split>.parquet, or say where they are with modalities.<name>.data"
+        )
+    else:
+        problem += f"; `graftline data build --folder {folder}` makes the starter's"
+    source = pointer(place)
+    return problem + (f"; `dvc pull {source}` fetches what it records" if source.exists() else "")
+
+
+def _is_filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
 @task(name="build-data", cache_policy=NO_CACHE, persist_result=False)
-def build_data(folder: str, store: str) -> bool:
+def build_data(folder: str, store: str, modalities: Iterable[str] = MODALITIES) -> bool:
     """Builds the starter's data if the folder is missing; says whether it was built.
 
+    Args:
+        folder: the data folder.
+        store: the artifact store.
+        modalities: whose rows are to lie in it.
+
     Raises:
-        GraftlineError: it is missing under `dvc repro`, where DVC provides the data.
+        GraftlineError: it is missing under `dvc repro`, where DVC provides the data, or it is not
+            the starter's place.
     """
     target = Path(folder)
     with _one_at_a_time(store):
-        if target.is_dir() and any(target.iterdir()):
+        if _is_filled(target):
             return False
+        if problem := why_not_built(folder, modalities):
+            raise GraftlineError(problem)
         if inside_dvc():
             raise GraftlineError(
                 f"{folder} is missing; run `dvc pull`, or `graftline data build` once, before "
@@ -116,7 +159,7 @@ def known_version(folder: str) -> DataVersion | None:
         GraftlineError: the `.dvc` file is damaged.
     """
     target, source = Path(folder), pointer(Path(folder))
-    if target.is_dir() and any(target.iterdir()):
+    if _is_filled(target):
         sums = building.checksums(target)
         return DataVersion(folder, building.listing_md5(sums), building.by_modality(sums), folder)
     if source.exists():

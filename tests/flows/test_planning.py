@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.options import out
+from flows.options import no_data, out
+from flows.planning import cost_table, look_ahead
+from graftline.data import build as building
+from graftline.errors import GraftlineError
+from graftline.settings.reading import load_recipe
+from tasks.data import build_data
+
+TINY = Path(__file__).resolve().parents[2] / "params" / "tiny.yaml"
 
 
 def _plan(project, *arguments):
@@ -70,10 +80,67 @@ def test_without_data_and_history_it_says_so(tmp_path, finished):
     shutil.copytree(finished.folder / "params", tmp_path / "params")
     code, text = _plan(project)
     assert code == 0, text
-    assert "not built yet"[:12] in text
+    assert "not built yet" in text
     assert "unknown" in text
     assert not (tmp_path / "artifacts").exists()
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "order", "made", "words"),
+    [
+        ("data", ["image"], (), None),
+        ("./data", ["image"], (), None),
+        ("mine", ["image"], ("mine/image",), None),
+        (
+            "mine",
+            ["image"],
+            (),
+            "mine: there is no such folder; `graftline data build --folder mine`",
+        ),
+        ("mine", ["image"], ("mine",), "mine: is empty; `graftline data build --folder mine`"),
+        ("mine", ["image"], ("mine.dvc",), "makes the starter's; `dvc pull mine.dvc` fetches"),
+        (
+            "data",
+            ["image", "xray"],
+            (),
+            "data: there is no such folder, and the starter has no rows",
+        ),
+    ],
+)
+def test_the_starter_s_data_are_made_in_their_own_place_alone(
+    folder, order, made, words, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    built = []
+    monkeypatch.setattr(building, "build", lambda target, progress: built.append(target))
+    for name in made:
+        if name == "mine.dvc":
+            Path(name).write_text("outs: [{md5: 0.dir, path: mine}]\n")
+        else:
+            Path(name).mkdir(parents=True)
+    xray = {"encoder": "efficientnet-lite0", "media": "image"}
+    recipe = load_recipe(TINY, {"order": order, "modalities.xray": xray, "data.folder": folder})
+    prospect = look_ahead(recipe, order)
+    said = [line for line in prospect.problems if line.startswith("data.folder")]
+    if words is None:
+        assert said == []
+        build_data.fn(folder, "artifacts", order)
+        assert built == ([] if made else [Path(folder)])
+        return
+    assert len(said) == 1 and said[0].startswith(f"data.folder: {folder}") and words in said[0]
+    with pytest.raises(GraftlineError, match=re.escape(said[0])):
+        build_data.fn(folder, "artifacts", order)
+    assert str(no_data(recipe, TINY)) == said[0]
+    assert built == []
+
+
+def test_data_that_are_not_there_are_called_so_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    console = Console(width=200)
+    with console.capture() as text:
+        console.print(cost_table(look_ahead(load_recipe(TINY, {"order": ["image"]}), ["image"])))
+    assert "not built yet" in text.get()
 
 
 def test_problems_are_listed_together(copy):
