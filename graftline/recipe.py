@@ -8,6 +8,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from graftline.recipe_parts import Part as Part
 from graftline.recipe_parts import PhaseSettings as PhaseSettings
+from graftline.recipe_parts import Place
 from graftline.settings.models import (
     BackboneChoice,
     BackboneSize,
@@ -50,7 +51,7 @@ OWN = (
 class DataSettings(Part):
     """Which rows are used."""
 
-    folder: str = Field("data", description="folder of <modality>/<split>.parquet")
+    folder: Place = Field("data", description="folder of <modality>/<split>.parquet")
     rows: dict[Literal["train", "validation", "test"], int] | None = Field(
         None, description="use only the first rows of each split (all when left out)"
     )
@@ -241,7 +242,7 @@ class Recipe(Part):
         description="method -> keys of this recipe that hold where it is the method: what was "
         "chosen for it alone",
     )
-    store: str = Field(
+    store: Place = Field(
         "artifacts", description="folder of the artifact store, or s3://bucket/prefix"
     )
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+import os.path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""A file or folder; `~` in front is the user's home, as in a shell."""
 
 
 class Part(BaseModel):

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
+from graftline.errors import GraftlineError
 from graftline.store import Store
+
+_ONE_SLASH = re.compile(r"[a-z0-9]+:/(?!/)")
 
 
 def is_shared(location: str | Path) -> bool:
-    """Whether a store's name is a URL: several machines share it."""
+    """Whether a store's name is a URL: several machines share it.
+
+    Raises:
+        GraftlineError: it is a URL but for a slash, which would be a folder here.
+    """
+    one_slash = _ONE_SLASH.match(str(location))
+    if one_slash:  # what follows may hold credentials
+        raise GraftlineError(
+            f"store: {one_slash[0]}... lacks a slash; write {one_slash[0]}/bucket/prefix"
+        )
     return "://" in str(location)
 
 

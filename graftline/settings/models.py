@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from graftline.recipe_parts import Part
+from graftline.recipe_parts import Part, Place
 
 Split = Literal["train", "validation", "test"]
 StarterBackbone = Literal["smollm2-135m-instruct", "tiny-random"]
@@ -25,7 +25,7 @@ class Pretrained(Part):
 
     name: str | None = Field(None, pattern=HUB_NAME, description="hub name, organisation/model")
     revision: str | None = Field(None, description="40 hexadecimal digits of the hub's commit")
-    folder: str | None = Field(None, min_length=1, description="local `transformers` folder")
+    folder: Place | None = Field(None, description="local `transformers` folder")
 
     def places(self) -> list[str]:
         """The keys that say where the weights are, as far as they are given."""
@@ -152,7 +152,7 @@ EncoderChoice = Annotated[
 class BackboneSource(Pretrained):
     """An LLM of the user's own: any `AutoModelForCausalLM` with safetensors weights, or a GGUF."""
 
-    gguf: str | None = Field(None, min_length=1, description="a GGUF file, converted once")
+    gguf: Place | None = Field(None, description="a GGUF file, converted once")
 
     def places(self) -> list[str]:
         """The keys that say where the weights are, as far as they are given."""

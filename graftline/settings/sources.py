@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from graftline.recipe_parts import Part
+from graftline.recipe_parts import Part, Place
 
 Split = Literal["train", "validation", "test"]
-Paths = str | tuple[str, ...]
+Paths = Place | tuple[Place, ...]
 SplitPaths = Paths | dict[Split, Paths]
 Columns = str | tuple[str, ...] | None
 Name = Annotated[str, Field(min_length=1)]
@@ -57,7 +57,7 @@ class SourceSettings(Part):
         None, pattern=r"^[0-9a-f]{40}$", description="of hub: the full commit, 40 digits"
     )
     config: str | None = Field(None, description="of hub: which of its data sets")
-    media_folder: str | None = Field(
+    media_folder: Place | None = Field(
         None, description="what file names are relative to; the table's own folder if left out"
     )
     columns: ColumnSettings = ColumnSettings()

@@ -123,6 +123,38 @@ def test_a_source_is_checked_with_the_recipe(recipe_with) -> None:
         load(hub="lab/photos")
 
 
+def test_a_tilde_is_the_user_s_home_in_every_place(
+    recipe_with, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    encoder = {"source": "transformers", "folder": "~/clip"}
+    paths = {"train": ["~/a/*.parquet", "~/b.parquet"], "test": "~/c.parquet"}
+    own = {"encoder": encoder, "data": {"parquet": paths, "media_folder": "~/media"}}
+    recipe = load_recipe(
+        recipe_with(order=["image"], modalities={"image": own}),
+        {"store": "~/art", "data.folder": "~/rows", "backbone.source": "~/llm"},
+    )
+    image = recipe.modality("image")
+    assert (recipe.store, recipe.data.folder) == ("/home/me/art", "/home/me/rows")
+    assert recipe.backbone.source.folder == "/home/me/llm"
+    assert image.encoder.folder == "/home/me/clip"
+    assert image.data.parquet == {
+        "train": ("/home/me/a/*.parquet", "/home/me/b.parquet"), "test": "/home/me/c.parquet",
+    }  # fmt: skip
+    assert image.data.media_folder == "/home/me/media"
+    for source in ("~/llm.gguf", {"gguf": "~/llm.gguf"}):
+        recipe = load_recipe(PARAMS / "tiny.yaml", {"backbone.source": source})
+        assert recipe.backbone.source.gguf == "/home/me/llm.gguf"
+    for place in ("art~", "a/~/b", "s3://bucket/~x"):
+        assert load_recipe(PARAMS / "tiny.yaml", {"store": place}).store == place
+
+
+@pytest.mark.parametrize("key", ["store", "data.folder"])
+def test_a_place_has_a_name(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"{key}: String should have at least 1 character"):
+        load_recipe(PARAMS / "tiny.yaml", {key: ""})
+
+
 def test_what_was_chosen_for_a_method_holds_for_it_alone(recipe_with) -> None:
     own = {"ewc": {"fine_tune": {"steps": 9}}, "mera": {"fine_tune": {"learning_rate": 1e-5}}}
     path = recipe_with(methods=own)

@@ -291,6 +291,14 @@ def test_trouble_is_named(
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+def test_a_url_with_one_slash_is_no_folder(tmp_path: Path) -> None:
+    for ask in (open_store, machine_folder):
+        with pytest.raises(GraftlineError, match="lacks a slash; write s3://bucket/") as raised:
+            ask("s3:/id:secret@lab/x")
+        assert "secret" not in str(raised.value)
+    assert open_store(tmp_path / "s3:" / "x").root == tmp_path / "s3:" / "x"
+
+
 def test_who_needs_a_connector_copies_no_backbone(url: str, elsewhere: Any) -> None:
     def fill(folder: Path) -> None:
         build(folder)
