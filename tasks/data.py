@@ -34,8 +34,24 @@ def inside_dvc() -> bool:
 
 
 def pointer(folder: Path) -> Path:
-    """The `.dvc` file of a data folder."""
-    return folder.with_name(f"{folder.name}.dvc")
+    """The `.dvc` file of a data folder, which lies beside it.
+
+    Raises:
+        GraftlineError: there is no beside.
+    """
+    named = _named(folder)
+    return named.with_name(f"{named.name}.dvc")
+
+
+def _named(folder: Path) -> Path:
+    """A folder by a path that ends in its name, as `.` does not."""
+    named = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder
+    if not named.name:
+        raise GraftlineError(
+            f"{folder}: is the whole disk, not a folder of data; name another one with data.folder "
+            "(--folder)"
+        )
+    return named
 
 
 def why_not_built(folder: str, modalities: Iterable[str]) -> str | None:
@@ -85,7 +101,7 @@ def build_data(folder: str, store: str, modalities: Iterable[str] = MODALITIES) 
         GraftlineError: it is missing under `dvc repro`, where DVC provides the data, or it is not
             the starter's place.
     """
-    target = Path(folder)
+    target = _named(Path(folder))
     with _one_at_a_time(store):
         if _is_filled(target):
             return False
@@ -132,7 +148,7 @@ def validate_data(folder: str, store: str, modalities: Mapping[str, str] | None 
 @task(name="record-data-version", cache_policy=NO_CACHE, persist_result=False)
 def record_version(folder: str, store: str) -> DataVersion:
     """Lets DVC record the folder's version, unless it is recorded already or DVC is at work."""
-    target = Path(folder)
+    target = _named(Path(folder))
     source = pointer(target)
     sums = building.checksums(target)
     md5 = building.listing_md5(sums)

@@ -126,7 +126,7 @@ def tracked_run(
             uri,
             "log_data",
             run_id=tracked.run_id,
-            name=Path(data.folder).name,
+            name=Path(data.folder).absolute().name,
             digest=data.md5[:36],
             source=data.source,
             profile=json.dumps(data.files, default=dict)[:16_000],

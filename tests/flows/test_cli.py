@@ -8,6 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from graftline.data.build import directory_md5
+from graftline.errors import GraftlineError
+from tasks.data import build_data, record_version
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,3 +96,34 @@ def test_rebuilding_is_advised_for_the_starter_s_data_alone(tmp_path, own):
     code, text = _graftline("data", "build", folder=tmp_path)
     assert code == 1
     assert ("add --force" in text, "data: holds xray, which" in text) == (not own, own)
+
+
+@pytest.mark.parametrize(
+    ("folder", "started"),
+    [(".", "data"), ("..", "data/image"), ("image/..", "data"), ("", "data"), ("data/", "")],
+)
+def test_a_folder_may_be_called_by_where_it_lies(folder, started, tmp_path, monkeypatch):
+    (tmp_path / "data/image").mkdir(parents=True)
+    (tmp_path / "data/image/train.parquet").write_bytes(b"rows")
+    md5 = directory_md5(tmp_path / "data")
+    (tmp_path / "data.dvc").write_text(f"outs: [{{md5: {md5}, path: data}}]\n")
+    monkeypatch.chdir(tmp_path / started)
+    result = CliRunner().invoke(app, ["data", "verify", "--folder", folder])
+    assert result.exception is None
+    assert f"md5 {md5}" in result.stdout
+    version = record_version.fn(folder, str(tmp_path / "store"))
+    assert version.md5 == md5 and version.source.endswith("data.dvc")
+
+
+def test_the_whole_disk_is_no_data_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = str(ROOT / "params/tiny.yaml")
+    for arguments in (
+        ["data", "verify", "--folder", "/"],
+        ["plan", tiny, "--set", "data.folder=/"],
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, GraftlineError)
+        assert "/: is the whole disk" in str(result.exception)
+    with pytest.raises(GraftlineError, match="is the whole disk"):
+        build_data.fn("/", str(tmp_path))
