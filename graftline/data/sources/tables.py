@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def files_of(paths: SplitPaths | None) -> list[tuple[str | None, Path]]:
     """(split, path) of what a recipe names; `*` stands for any name, in sorted order.
 
     Raises:
-        GraftlineError: there is no such file or folder.
+        GraftlineError: there is no such file or folder, or a pattern is none.
     """
     found: list[tuple[str | None, Path]] = []
     if isinstance(paths, dict):
@@ -49,6 +50,9 @@ def _expanded(paths: Paths) -> list[Path]:
     found = []
     for text in (paths,) if isinstance(paths, str) else paths:
         given = Path(text)
+        if wrong := next((part for part in given.parts if "**" in part and part != "**"), None):
+            right = text.replace(wrong, f"**/{re.sub(r'[*]+', '*', wrong)}")
+            raise GraftlineError(f"{text}: ** stands for folders and alone; write {right}")
         pattern = str(given.relative_to(given.anchor)) if given.anchor else text
         matched = sorted(Path(given.anchor or ".").glob(pattern)) if "*" in text else [given]
         if not matched or not matched[0].exists():

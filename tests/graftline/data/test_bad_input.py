@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -261,6 +262,21 @@ def test_columnar_files_are_named_with_what_is_wrong(tmp_path: Path) -> None:
         import_into(tmp_path / "d", **source)
     with pytest.raises(GraftlineError, match="there is no such file or folder"):
         import_into(tmp_path / "e", parquet=str(tmp_path / "*.pq"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "right"),
+    [
+        ("rows/**.parquet", "rows/**/*.parquet"),
+        ("rows/new**.parquet", "rows/**/new*.parquet"),
+        ("rows/***/x.parquet", "rows/**/*/x.parquet"),
+    ],
+)
+def test_two_stars_in_a_name_are_an_error_that_says_what_to_write(
+    tmp_path: Path, pattern: str, right: str
+) -> None:
+    with pytest.raises(GraftlineError, match=re.escape(f"write {tmp_path}/{right}")):
+        import_into(tmp_path / "out", parquet=f"{tmp_path}/{pattern}")
 
 
 def test_too_few_media_for_three_splits_are_an_error(tmp_path: Path) -> None:
