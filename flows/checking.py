@@ -11,6 +11,7 @@ from rich.table import Table
 from graftline.data.checking import Checked, check_folder, checked
 from graftline.data.rows import SPLITS
 from graftline.data.sources.importing import Imported, Request
+from graftline.durable import StoreUnwritable
 from graftline.errors import GraftlineError
 from graftline.progress import shown
 from graftline.recipe import Recipe
@@ -31,10 +32,11 @@ def check(recipe: Recipe, console: Console) -> list[Checked]:
         console: for progress bars.
 
     Returns:
-        What was found, by modality; sheets and texts lie in `reports/<recipe>/data/`.
+        What was found, by modality; sheets and texts lie in `reports/<recipe>/data/`. A source
+        that cannot be read is a problem among the others.
 
     Raises:
-        GraftlineError: a source cannot be read at all.
+        StoreUnwritable: the disk is full, or the store read-only.
     """
     out, store = data_folder(recipe.name), open_store(recipe.store)
     hashes = hashes_of(store)
@@ -45,9 +47,12 @@ def check(recipe: Recipe, console: Console) -> list[Checked]:
             try:
                 with bar() as progress:
                     rows_of(request, store, hashes, progress, _look(request, out, noted))
-            except GraftlineError:
+            except StoreUnwritable:
+                raise
+            except GraftlineError as error:
                 if not noted:
-                    raise
+                    said = f"modalities.{name}.data: {error}"
+                    noted.append(checked(name, request.kind, out / name, {}, [], [said], out))
             found[name] = noted[0]
         folder = in_folder(recipe)
         for each in check_folder(Path(recipe.data.folder), folder, out) if folder else ():
@@ -117,9 +122,9 @@ def raise_problems(recipe: Recipe, found: list[Checked]) -> None:
     listed = problems[:_LISTED]
     if len(problems) > _LISTED:
         listed.append(f"... and {len(problems) - _LISTED} more; all: {data_folder(recipe.name)}")
-    skip = ", or go on without them by `modalities.<name>.data.bad_rows: skip`"
+    skip = ", or go on without bad rows by `modalities.<name>.data.bad_rows: skip`"
     raise GraftlineError(
-        f"the data of {recipe.name} have {len(problems)} problem(s); mend these rows"
+        f"the data of {recipe.name} have {len(problems)} problem(s); mend them"
         + (skip if requests_of(recipe) else "")
         + ":\n  "
         + "\n  ".join(listed)

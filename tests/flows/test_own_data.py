@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from flows.cli import app
 from graftline.settings.reading import parse_override
 from tasks.choices import choices_of
 from tests.flows.conftest import Project
@@ -115,6 +117,33 @@ def test_bad_rows_stop_a_run_before_anything_is_computed(project: Project) -> No
     assert code == 0, text
     assert "photo: 24 train, 3 validation, 3 test" in text
     assert {Path(name).parts[1] for name in project.artifacts()} == {"rows"}
+
+
+def test_all_sources_are_checked_though_some_cannot_be_read(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.folder)
+    init = tutorial()[0]
+    assert CliRunner().invoke(app, init).exit_code == 0
+    (project.folder / "my/hums/002.wav").write_bytes(picture(1))
+    sources = (("photo", "my/photo"), ("scan", "my/scans"), ("hum", "my/hums"))
+    data = {name: {"folder": folder, "question": "Which?"} for name, folder in sources}
+    scan = {"encoder": "efficientnet-lite0", "media": "image", "data": data["scan"]}
+    given = {
+        "order": [name for name, _ in sources],
+        "modalities.photo.data": data["photo"],
+        "modalities.scan": scan,
+    }
+    words = [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
+    result = CliRunner().invoke(app, ["data", "check", "params/own.yaml", *words])
+    assert "hum" in result.stdout and "24" in result.stdout
+    for said in (
+        "3 problem(s)",
+        "modalities.photo.data: my/photo: there is no such file or folder",
+        "modalities.scan.data: my/scans: there is no such file or folder",
+        "my/hums/metadata.csv, line 4: 002.wav: not a readable WAV",
+    ):
+        assert said in str(result.exception)
 
 
 def test_a_modality_of_captions_alone_is_learned_and_no_conversation_is_made_of_it(
