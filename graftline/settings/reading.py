@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from graftline.errors import GraftlineError
 from graftline.recipe import OWN, MethodName, Recipe
+from graftline.settings.repeats import repeated_keys
 from graftline.settings.type_problems import described
 
 
@@ -31,7 +32,8 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) ->
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, problems = yaml.safe_load(text), repeated_keys(text)
     except FileNotFoundError as error:
         near = sorted(str(other) for other in path.parent.glob("*.yaml"))
         hint = f" Recipes beside it: {', '.join(near)}." if near else ""
@@ -44,7 +46,7 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) ->
     for key in [key for key in given if key.partition(".")[0] == "methods"]:
         set_dotted(content, key, given.pop(key))
     method = given.get("method") or content.get("method") or Recipe.model_fields["method"].default
-    problems = _own_problems(content)
+    problems += _own_problems(content)
     try:
         own = _own_settings(content).get(str(method), {})
         recipe = _checked(content, own, given)
@@ -128,15 +130,18 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Splits `key=value` of a command line; the value is read as YAML.
 
     Raises:
-        RecipeError: there is no `=`, or the value is no YAML.
+        RecipeError: there is no `=`, or the value is no YAML, or holds a key twice.
     """
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise RecipeError(f"--set {text!r}: write key=value, e.g. replay.fraction=0.01")
     try:
-        return key.strip(), yaml.safe_load(value)
+        found, repeats = yaml.safe_load(value), repeated_keys(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {text!r}: the value is not YAML: {error}") from error
+    if repeats:
+        raise RecipeError(f"--set {text!r}: {'; '.join(repeats)}")
+    return key.strip(), found
 
 
 def set_dotted(content: dict[str, Any], key: str, value: Any) -> None:

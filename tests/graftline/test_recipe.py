@@ -69,7 +69,7 @@ def test_overrides_are_read_as_yaml(text: str, expected: tuple[str, object]) -> 
     assert parse_override(text) == expected
 
 
-@pytest.mark.parametrize("text", ["novalue", "=3", "a=[1"])
+@pytest.mark.parametrize("text", ["novalue", "=3", "a=[1", "a={b: 1, b: 2}"])
 def test_bad_overrides_say_what_to_write(text: str) -> None:
     with pytest.raises(RecipeError, match="--set"):
         parse_override(text)
@@ -82,6 +82,41 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     broken.write_text("a: [1")
     with pytest.raises(RecipeError, match="not readable as YAML"):
         load_recipe(broken)
+
+
+def test_a_key_that_is_there_again_is_named_with_both_lines(tmp_path: Path) -> None:
+    plain = (PARAMS / "tiny.yaml").read_text()
+    count = len(plain.splitlines())
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        plain + "seed: 7\nmethods:\n  ewc: {replay: {fraction: 0.5, fraction: 0.2}}\nseed: 8\n"
+    )
+    seed = next(n for n, line in enumerate(plain.splitlines(), 1) if line.startswith("seed:"))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, {"replay.fracton": 0.1})
+    message = str(caught.value)
+    assert message.startswith(f"{path}: 5 problem(s)"), message
+    for words in (
+        f"line {count + 1}: seed is there again (first in line {seed})",
+        f"line {count + 2}: methods is there again",
+        f"line {count + 3}: methods.ewc.replay.fraction is there again (first in line {count + 3})",
+        f"line {count + 4}: seed is there again (first in line {seed})",
+        "replay.fracton",
+    ):
+        assert words in message, message
+
+
+def test_anchors_and_what_is_merged_from_them_are_no_repetition(tmp_path: Path) -> None:
+    plain = yaml.safe_load((PARAMS / "tiny.yaml").read_text())
+    sections = {name: plain.pop(name) for name in ("align", "realign")}
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        yaml.safe_dump(plain)
+        + f"align: &a {yaml.safe_dump(sections['align'], default_flow_style=True)}"
+        + "realign:\n  <<: *a\n  <<: *a\n  steps: 3\n"
+    )
+    found = load_recipe(path)
+    assert (found.realign.steps, found.realign.batch_size) == (3, found.align.batch_size)
 
 
 def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:
