@@ -188,7 +188,7 @@ def recipe_named(name: str) -> Path:
     for path in sorted(RECIPES.glob("*.y*ml")):
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        except (OSError, ValueError, yaml.YAMLError):
             continue  # another recipe's trouble
         if isinstance(content, dict) and content.get("name") == name:
             found.append(path)

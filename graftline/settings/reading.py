@@ -15,6 +15,8 @@ from graftline.recipe import OWN, MethodName, Recipe
 from graftline.settings.repeats import repeated_keys
 from graftline.settings.type_problems import described
 
+_QUOTES = "put a text that only looks like a date or a number in quotes"
+
 
 class RecipeError(GraftlineError):
     """A recipe that cannot be run; the message lists every problem at once."""
@@ -40,6 +42,8 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) ->
         raise RecipeError(f"{path}: no such recipe.{hint}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: not readable as YAML: {error}") from error
+    except ValueError as error:  # 2024-13-45: YAML takes it for a date
+        raise RecipeError(f"{path}: not readable as YAML: {error}; {_QUOTES}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values.")
     given = dict(overrides or {})
@@ -139,6 +143,8 @@ def parse_override(text: str) -> tuple[str, Any]:
         found, repeats = yaml.safe_load(value), repeated_keys(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {text!r}: the value is not YAML: {error}") from error
+    except ValueError as error:
+        raise RecipeError(f"--set {text!r}: the value is not YAML: {error}; {_QUOTES}") from error
     if repeats:
         raise RecipeError(f"--set {text!r}: {'; '.join(repeats)}")
     return key.strip(), found

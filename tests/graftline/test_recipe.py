@@ -69,7 +69,7 @@ def test_overrides_are_read_as_yaml(text: str, expected: tuple[str, object]) -> 
     assert parse_override(text) == expected
 
 
-@pytest.mark.parametrize("text", ["novalue", "=3", "a=[1", "a={b: 1, b: 2}"])
+@pytest.mark.parametrize("text", ["novalue", "=3", "a=[1", "a={b: 1, b: 2}", "a=2024-13-45"])
 def test_bad_overrides_say_what_to_write(text: str) -> None:
     with pytest.raises(RecipeError, match="--set"):
         parse_override(text)
@@ -79,9 +79,10 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(tmp_path / "nothing.yaml")
     broken = tmp_path / "broken.yaml"
-    broken.write_text("a: [1")
-    with pytest.raises(RecipeError, match="not readable as YAML"):
-        load_recipe(broken)
+    for text in ("a: [1", "name: 2024-13-45", "seed: !!int many"):
+        broken.write_text(text)
+        with pytest.raises(RecipeError, match="not readable as YAML"):
+            load_recipe(broken)
 
 
 def test_a_key_that_is_there_again_is_named_with_both_lines(tmp_path: Path) -> None:

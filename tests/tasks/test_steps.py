@@ -16,6 +16,7 @@ from graftline.recipe import ContinualName
 from graftline.settings.reading import load_recipe
 from graftline.store import Store
 from tasks.data import inside_dvc
+from tasks.models import recipe_named
 from tasks.outputs import report_folder, usual_order
 from tasks.preflight import bytes_needed, check_disk, check_folders
 from tasks.steps import TASKS, by_stage, is_passing, unfinished
@@ -111,6 +112,14 @@ def test_another_order_has_a_report_of_its_own():
     assert report_folder(turned, usual.order) == Path("reports/tiny/mera/order-audio-image/seed-0")
     assert report_folder(turned, turned.order) == report_folder(usual, usual.order)
     assert usual_order(TINY) == usual.order
+
+
+def test_another_recipe_s_trouble_hides_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params").mkdir()
+    for file, text in (("bad", "name: 2024-13-45"), ("worse", "name: [1"), ("good", "name: mine")):
+        (tmp_path / f"params/{file}.yaml").write_text(text)
+    assert recipe_named("mine") == Path("params/good.yaml")
 
 
 def test_checksums_by_modality():
