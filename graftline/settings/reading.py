@@ -84,7 +84,7 @@ def _own_problems(content: Mapping[str, Any]) -> list[str]:
         known = error.lines
     problems = []
     for method, own in _own_settings(content).items():
-        surplus = sorted(own.keys() - set(OWN))
+        surplus = sorted(str(key) for key in own if key not in OWN)  # YAML reads `on` as true
         if surplus and method in get_args(MethodName):
             names = ", ".join(surplus)
             problems.append(f"methods.{method}: {names}: not a method's to set ({', '.join(OWN)})")

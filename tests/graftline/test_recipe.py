@@ -243,3 +243,9 @@ def test_problems_of_every_method_s_settings_are_listed_at_once(recipe_with) -> 
         "'mira' is not one of",
     ):
         assert words in message
+
+
+def test_a_method_s_key_that_is_no_text_is_named(recipe_with) -> None:
+    path = recipe_with(methods={"mera": {True: 1, "of": 1}})  # YAML reads `on` as true
+    with pytest.raises(RecipeError, match="methods.mera: True, of: not a method's to set"):
+        load_recipe(path)
