@@ -51,18 +51,16 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) ->
         set_dotted(content, key, given.pop(key))
     method = given.get("method") or content.get("method") or Recipe.model_fields["method"].default
     problems += _own_problems(content)
+    own = _own_settings(content).get(str(method), {})
     try:
-        own = _own_settings(content).get(str(method), {})
         recipe = _checked(content, own, given)
+        common = _common(content, given, str(method)) if own else recipe
     except _Problems as error:
         problems = list(dict.fromkeys([*error.lines, *problems]))
     if problems:
         lines = "\n".join(f"  - {line}" for line in problems)
         raise RecipeError(f"{path}: {len(problems)} problem(s):\n{lines}")
-    if not own:
-        return recipe
-    common = _checked(content, {}, {**given, "method": "finetune"})  # which fits every recipe
-    return recipe.beside(common)
+    return recipe.beside(common) if own else recipe
 
 
 class _Problems(Exception):
@@ -108,6 +106,15 @@ def _checked(
         return Recipe.model_validate(merged)
     except ValidationError as error:
         raise _Problems([described(each, Recipe) for each in error.errors()]) from error
+
+
+def _common(content: Mapping[str, Any], given: Mapping[str, Any], method: str) -> Recipe:
+    """The recipe without a method's own settings, of a method that fits every recipe."""
+    try:
+        return _checked(content, {}, {**given, "method": "finetune"})
+    except _Problems as error:
+        remedy = f"set it for all methods, not under methods.{method} alone"
+        raise _Problems([f"{line}; {remedy}" for line in error.lines]) from error
 
 
 def _own_settings(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -249,3 +249,18 @@ def test_a_method_s_key_that_is_no_text_is_named(recipe_with) -> None:
     path = recipe_with(methods={"mera": {True: 1, "of": 1}})  # YAML reads `on` as true
     with pytest.raises(RecipeError, match="methods.mera: True, of: not a method's to set"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [({}, "realign: Field required"), ({"steps": 0}, "realign.steps: ")]
+)
+def test_what_all_methods_need_is_not_one_method_s_alone(recipe_with, file, words) -> None:
+    own = {"realign": {"steps": 4, "learning_rate": 3e-4}}
+    path = recipe_with(methods={"mera": own})
+    content = yaml.safe_load(path.read_text())
+    del content["realign"]
+    if file:
+        content["realign"] = file
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(RecipeError, match=f"{words}.*, not under methods.mera alone"):
+        load_recipe(path)
