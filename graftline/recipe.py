@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PositiveInt, PrivateAttr, model_validator
 
 from graftline.recipe_parts import Part as Part
 from graftline.recipe_parts import PhaseSettings as PhaseSettings
@@ -52,7 +53,7 @@ class DataSettings(Part):
     """Which rows are used."""
 
     folder: Place = Field("data", description="folder of <modality>/<split>.parquet")
-    rows: dict[Literal["train", "validation", "test"], int] | None = Field(
+    rows: dict[Literal["train", "validation", "test"], PositiveInt] | None = Field(
         None, description="use only the first rows of each split (all when left out)"
     )
 
@@ -213,7 +214,7 @@ class Recipe(Part):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder under reports/")
     method: MethodName = Field("mera", description="how the model grows, or what is composed")
-    seed: int = Field(0, ge=0, description="of all random choices")
+    seed: int = Field(0, ge=0, le=10**18, description="of all random choices")
     order: tuple[Modality, ...] = Field(
         min_length=1, description="modalities in the order in which they are learned"
     )
@@ -267,24 +268,10 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Recipe:
-        problems = []
-        repeated = sorted({name for name in self.order if self.order.count(name) > 1})
-        if repeated:
-            problems.append(f"order names {', '.join(repeated)} more than once")
-        for name, settings in self.modalities.items():
-            if settings.media is None and name not in KINDS:
-                problems.append(
-                    f"modalities.{name} does not say what its rows hold: add media: and one of "
-                    f"{', '.join(KINDS)}"
-                )
-            if name in RESERVED:
-                problems.append(f"modalities.{name}: reports call something else so; rename it")
-        missing = [name for name in self.order if name not in self.modalities]
-        if missing:
-            near = nearest(missing[0], list(self.modalities))
-            problems.append(
-                f"order names {', '.join(missing)}, which modalities does not describe{near}"
-            )
+        media = {str(name): settings.media for name, settings in self.modalities.items()}
+        estimate = self.estimate
+        assumed = {"rows": list(estimate.rows), "row_tokens": list(estimate.row_tokens)}
+        problems = naming_problems(self.order, media, assumed)
         if self.method in ("ewc", "attention-only") and self.fine_tune.mode != "full":
             problems.append(f"{self.method} trains the LLM's own weights: set fine_tune.mode: full")
         if self.method == "experts" and not self.evaluation.references:
@@ -293,5 +280,41 @@ class Recipe(Part):
         if weighted and self.merge.rule != "running-average":
             problems.append("merge.coefficient and merge.depth need merge.rule: running-average")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
+
+
+def naming_problems(
+    order: Sequence[str], media: Mapping[str, str | None], assumed: Mapping[str, Iterable[str]]
+) -> list[str]:
+    """Where a recipe's sections do not mean the same modalities, a line each.
+
+    Args:
+        order: the modalities to learn.
+        media: modality -> what it says that its rows hold.
+        assumed: key of `estimate` -> the modalities that it names.
+    """
+    problems, known = [], list(media)
+    repeated = sorted({name for name in order if order.count(name) > 1})
+    if repeated:
+        problems.append(f"order names {', '.join(repeated)} more than once")
+    for name, kind in media.items():
+        if kind is None and name not in KINDS:
+            problems.append(
+                f"modalities.{name} does not say what its rows hold: add media: and one of "
+                f"{', '.join(KINDS)}"
+            )
+        if name in RESERVED:
+            problems.append(f"modalities.{name}: reports call something else so; rename it")
+    missing = [name for name in order if name not in media]
+    if missing:
+        problems.append(
+            f"order names {', '.join(missing)}, which modalities does not describe"
+            f"{nearest(missing[0], known)}"
+        )
+    return problems + [
+        f"estimate.{key}.{name}: modalities does not describe it{nearest(name, known)}"
+        for key, names in assumed.items()
+        for name in names
+        if name not in media
+    ]

@@ -12,9 +12,9 @@ Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 class Part(BaseModel):
-    """Base of all recipe parts: frozen, and an unknown key is an error."""
+    """Base of all recipe parts: frozen; an unknown key is an error, and so are NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PhaseSettings(Part):

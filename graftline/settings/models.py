@@ -9,6 +9,8 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
+    PositiveFloat,
+    PositiveInt,
     Tag,
     model_validator,
 )
@@ -219,10 +221,10 @@ class EstimateSettings(Part):
     teraflops: float | None = Field(
         None, gt=0.0, description="TFLOP/s that one GPU sustains; gives GPU hours"
     )
-    rows: dict[str, dict[Split, int]] = Field(
+    rows: dict[str, dict[Split, PositiveInt]] = Field(
         default_factory=dict, description="modality -> split -> rows"
     )
-    row_tokens: dict[str, float] = Field(
+    row_tokens: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="modality -> tokens of a row, medium and text"
     )
 

@@ -264,3 +264,23 @@ def test_what_all_methods_need_is_not_one_method_s_alone(recipe_with, file, word
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(RecipeError, match=f"{words}.*, not under methods.mera alone"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 2**64),
+        ("align.learning_rate", float("inf")),
+        ("rivals.ewc.strength", float("inf")),
+        ("data.rows.train", -5),
+        ("data.rows.train", 0),
+        ("estimate.rows.image.train", -1),
+        ("estimate.rows.imagee", {"train": 1}),
+        ("estimate.row_tokens.image", float("nan")),
+        ("estimate.row_tokens.image", 0),
+        ("estimate.row_tokens.imagee", 3),
+    ],
+)
+def test_numbers_out_of_bounds_are_named_with_their_key(key: str, value: object) -> None:
+    with pytest.raises(RecipeError, match=f"1 problem.*\n.*{key}: "):
+        load_recipe(PARAMS / "tiny.yaml", {key: value})
