@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from graftline.errors import GraftlineError
-from graftline.recipe import OWN, MethodName, Recipe
+from graftline.recipe import OWN, MethodName, Recipe, naming_problems
 from graftline.settings.repeats import repeated_keys
 from graftline.settings.type_problems import described
 
@@ -56,7 +56,8 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) ->
         recipe = _checked(content, own, given)
         common = _common(content, given, str(method)) if own else recipe
     except _Problems as error:
-        problems = list(dict.fromkeys([*error.lines, *problems]))
+        told = [line for line in error.lines if f"methods.{method}: {line}" not in problems]
+        problems = list(dict.fromkeys([*told, *problems]))
     if problems:
         lines = "\n".join(f"  - {line}" for line in problems)
         raise RecipeError(f"{path}: {len(problems)} problem(s):\n{lines}")
@@ -105,7 +106,34 @@ def _checked(
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
-        raise _Problems([described(each, Recipe) for each in error.errors()]) from error
+        raise _Problems(_lines(error, merged)) from error
+
+
+def _lines(error: ValidationError, content: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a recipe's parts, and with their names, which come last if at all."""
+    problems = error.errors()
+    within = {each["loc"][:-1] for each in problems}  # a list is too short without its wrong parts
+    kept = [each for each in problems if each["type"] != "too_short" or each["loc"] not in within]
+    lines = [line for each in kept for line in described(each, Recipe).splitlines()]
+    return lines + (_naming_problems(content) if all(each["loc"] for each in problems) else [])
+
+
+def _naming_problems(content: Mapping[str, Any]) -> list[str]:
+    """What `Recipe` says last, of content whose form is wrong: as far as it has the form."""
+    order, modalities = content.get("order"), _mapping(content.get("modalities"))
+    listed = order if isinstance(order, list | tuple) else []
+    names = [each for each in listed if isinstance(each, str)]
+    media = {
+        str(name): each.get("media") if isinstance(each, Mapping) else "wrong"
+        for name, each in modalities.items()
+    }
+    estimate = _mapping(content.get("estimate"))
+    assumed = {key: map(str, _mapping(estimate.get(key))) for key in ("rows", "row_tokens")}
+    return naming_problems(names, media, assumed) if media else []
+
+
+def _mapping(value: Any) -> Mapping[Any, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _common(content: Mapping[str, Any], given: Mapping[str, Any], method: str) -> Recipe:

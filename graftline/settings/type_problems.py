@@ -14,12 +14,16 @@ from graftline.settings.models import TAGGED
 def described(problem: Any, recipe: type[BaseModel]) -> str:
     """One pydantic problem as a line: where, what, and the nearest valid name.
 
+    What the recipe says as a whole may be several lines, each of which names its keys itself.
+
     Args:
         problem: of a `ValidationError`.
         recipe: the type that was asked for.
     """
     names = [str(part) for part in problem["loc"]]
     location = [name for name in names if not name.startswith("[")]  # without tags of a choice
+    if not names:
+        return str(problem["msg"]).removeprefix("Value error, ")
     where = ".".join(location) or "recipe"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key{nearest(location[-1], _keys_beside(names, recipe))}"
@@ -28,7 +32,7 @@ def described(problem: Any, recipe: type[BaseModel]) -> str:
         given = str(problem["input"])
         return f"{where}: {given!r} is not one of {', '.join(choices)}{nearest(given, choices)}"
     said = f"{where}: {problem['msg'].removeprefix('Value error, ')}"
-    if isinstance(problem["input"], Mapping):  # the recipe itself, or a whole section of it
+    if isinstance(problem["input"], Mapping):  # a whole section
         return said
     return f"{said} (given: {problem['input']!r})"[:400]
 

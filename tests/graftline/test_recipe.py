@@ -284,3 +284,44 @@ def test_what_all_methods_need_is_not_one_method_s_alone(recipe_with, file, word
 def test_numbers_out_of_bounds_are_named_with_their_key(key: str, value: object) -> None:
     with pytest.raises(RecipeError, match=f"1 problem.*\n.*{key}: "):
         load_recipe(PARAMS / "tiny.yaml", {key: value})
+
+
+def test_what_types_say_hides_nothing_of_how_sections_fit_together(recipe_with) -> None:
+    path = recipe_with(
+        order=["imagee", "audio", "audio"],
+        modalities={"image": {"encoder": "basis-point-set"}, "audio": None, "joint": {}},
+        replay={"fractoin": 0.1},
+        estimate={"rows": {"vide": {"train": 1}}},
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    message = str(caught.value)
+    assert "9 problem(s)" in message, message
+    for line in (
+        "replay.fraction: Field required",
+        "replay.fractoin: unknown key; did you mean 'fraction'?",
+        "modalities.audio: ",
+        "modalities.joint.encoder: Field required",
+        "modalities.joint does not say what its rows hold",
+        "modalities.joint: reports call something else so",
+        "order names audio more than once",
+        "order names imagee, which modalities does not describe; did you mean 'image'?",
+        "estimate.rows.vide: modalities does not describe it",
+    ):
+        assert f"\n  - {line}" in message, message
+
+
+def test_a_wrong_name_in_order_is_one_problem_and_no_missing_one(recipe_with) -> None:
+    own = {"X-ray": {"encoder": "efficientnet-lite0", "media": "image"}}
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_with(order=["X-ray"], modalities=own))
+    assert "order.0: " in str(caught.value)
+    assert "at least 1 item" not in str(caught.value)
+    with pytest.raises(RecipeError, match="order: .*at least 1 item"):
+        load_recipe(recipe_with(order=[]))
+
+
+def test_a_problem_of_the_method_s_own_settings_is_told_once(recipe_with) -> None:
+    path = recipe_with(methods={"mera": {"fine_tune": {"stepz": 9}}})
+    with pytest.raises(RecipeError, match="1 problem.*\n.*methods.mera: fine_tune.stepz"):
+        load_recipe(path)
