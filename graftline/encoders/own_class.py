@@ -31,6 +31,8 @@ from graftline.settings.models import PythonEncoder
 
 GROUP = "graftline.encoders"
 """The entry points' group."""
+_RAISED = (Exception, SystemExit)
+"""Whatever a user's code raises; `sys.exit()` of its own would end Graftline without a word."""
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -61,7 +63,7 @@ def _imported(reference: str) -> Any:
     module_name, _, class_name = reference.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
+    except _RAISED as error:
         raise GraftlineError(
             f"python: {module_name} cannot be imported ({error!r}); install its package into the "
             "environment of graftline"
@@ -131,7 +133,7 @@ class OwnClassEncoder:
             self._own = found(**settings.settings)
             self.tokens, self.width = int(self._own.tokens), int(self._own.width)
             self._encode = self._own.encode
-        except Exception as error:  # whatever the user's class raises
+        except _RAISED as error:
             raise GraftlineError(
                 f"{self.name}: cannot be made with the settings {settings.settings} ({error!r}); "
                 "an encoder has tokens, width and encode(media)"
@@ -155,7 +157,7 @@ class OwnClassEncoder:
             features = torch.as_tensor(self._encode(list(media))).detach().to("cpu", torch.float32)
         except GraftlineError:
             raise
-        except Exception as error:  # whatever the user's class raises
+        except _RAISED as error:
             raise GraftlineError(f"{self.name}: encode raised {error!r}") from error
         expected = (len(media), self.tokens, self.width)
         if tuple(features.shape) != expected:

@@ -111,6 +111,10 @@ class Broken(Averages):
     def encode(self, media):
         raise RuntimeError("no such sensor")
 
+class Leaving(Averages):
+    def encode(self, media):
+        raise SystemExit
+
 class Nothing:
     pass
 """
@@ -170,6 +174,12 @@ def test_what_cannot_be_found_is_a_problem_of_the_recipe(sensors, reference, mes
     assert message in str(encoder_problem(_own(reference), "features"))
 
 
+def test_a_module_that_leaves_python_is_a_problem_of_the_recipe(sensors):
+    (sensors.parent / "plant_script.py").write_text("import sys\nsys.exit()\n")
+    found = encoder_problem(_own("plant_script:Averages"), "features")
+    assert "plant_script cannot be imported (SystemExit())" in str(found)
+
+
 def test_a_class_that_does_not_keep_its_word_is_refused(sensors):
     def opened(name, **settings):
         return open_encoder(describe_encoder(_own(f"plant_sensors:{name}", **settings), "features"))
@@ -178,6 +188,8 @@ def test_a_class_that_does_not_keep_its_word_is_refused(sensors):
         opened("Wider").encode(_arrays(2))
     with pytest.raises(GraftlineError, match="encode raised RuntimeError"):
         opened("Broken").encode(_arrays(2))
+    with pytest.raises(GraftlineError, match="encode raised SystemExit"):
+        opened("Leaving").encode(_arrays(2))
     with pytest.raises(GraftlineError, match="an encoder has tokens, width and encode"):
         opened("Nothing")
     with pytest.raises(GraftlineError, match="cannot be made with the settings"):
