@@ -10,7 +10,7 @@ import torch
 
 from graftline.data.kinds import FEATURES
 from graftline.encoders.arrays import ArrayEncoder
-from graftline.encoders.own_class import OwnClassEncoder, class_identity
+from graftline.encoders.own_class import OwnClassEncoder, class_identity, settings_problem
 from graftline.encoders.timm_models import TimmModel, timm_problem
 from graftline.encoders.towers import TransformersTower
 from graftline.errors import GraftlineError
@@ -147,6 +147,8 @@ def encoder_problem(encoder: str | OwnEncoder, media: str) -> str | None:
         problem = pin_problem(encoder) if isinstance(encoder, Pretrained) else None
         if problem is None:
             describe_encoder(encoder, media)
+        if isinstance(encoder, PythonEncoder):
+            problem = settings_problem(encoder)
     except GraftlineError as error:
         return str(error)
     return problem

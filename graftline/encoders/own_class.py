@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ import torch
 from graftline.errors import GraftlineError
 from graftline.model.pretrained import TRUST_VARIABLE
 from graftline.settings.models import PythonEncoder
+from graftline.settings.type_problems import nearest
 
 GROUP = "graftline.encoders"
 """The entry points' group."""
@@ -113,6 +115,27 @@ def class_identity(reference: str) -> dict[str, str]:
         raise GraftlineError(f"python: {reference} has no source file that could be identified")
     digest = hashlib.sha256(Path(specification.origin).read_bytes()).hexdigest()
     return {"name": f"{found.__module__}:{found.__qualname__}", "sha256": digest}
+
+
+def settings_problem(encoder: PythonEncoder) -> str | None:
+    """What the class's signature says against the settings; nothing is made.
+
+    Raises:
+        GraftlineError: there is no such class.
+    """
+    try:
+        signature = inspect.signature(find_class(encoder.python))
+    except (TypeError, ValueError):  # a class that does not say what it takes
+        return None
+    try:
+        signature.bind(**encoder.settings)
+    except TypeError as error:
+        known = list(signature.parameters)
+        unknown = [key for key in encoder.settings if key not in known]
+        near = nearest(unknown[0], known) if unknown else ""
+        given = ", ".join(encoder.settings) or "nothing"
+        return f"settings: {encoder.python}: {error} (given: {given}{near})"
+    return None
 
 
 class OwnClassEncoder:

@@ -111,6 +111,14 @@ class Broken(Averages):
     def encode(self, media):
         raise RuntimeError("no such sensor")
 
+class Windowed(Averages):
+    def __init__(self, tokens, windows=4):
+        raise RuntimeError("only a run makes it")
+
+class Anything(Averages):
+    def __init__(self, **settings):
+        raise RuntimeError("only a run makes it")
+
 class Leaving(Averages):
     def encode(self, media):
         raise SystemExit
@@ -172,6 +180,29 @@ def test_an_entry_point_names_a_class(sensors, tmp_path):
 )
 def test_what_cannot_be_found_is_a_problem_of_the_recipe(sensors, reference, message):
     assert message in str(encoder_problem(_own(reference), "features"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("Windowed", {"tokens": 3, "windows": 2}, None),
+        (
+            "Windowed",
+            {"tokens": 3, "windoes": 2},
+            "'windoes' (given: tokens, windoes; did you mean 'windows'?)",
+        ),
+        ("Windowed", {"tokns": 2}, "argument: 'tokens' (given: tokns; did you mean 'tokens'?)"),
+        ("Windowed", {}, "missing a required argument: 'tokens' (given: nothing)"),
+        ("Anything", {"windoes": 2}, None),
+        ("Nothing", {"windows": 2}, "is no encoder"),
+    ],
+)
+def test_settings_are_held_against_the_signature_and_nothing_is_made(
+    sensors, name, settings, message
+):
+    found = encoder_problem(_own(f"plant_sensors:{name}", **settings), "features")
+    assert (found is None) if message is None else (message in found), found
+    assert found is None or f"plant_sensors:{name}" in found
 
 
 def test_a_module_that_leaves_python_is_a_problem_of_the_recipe(sensors):
