@@ -194,6 +194,8 @@ def init(
     from graftline.durable import atomic_write_text
     from graftline.settings.drafting import draft
 
+    if file.is_dir():
+        raise GraftlineError(f"{file}: is a folder; choose a file as --out")
     if file.exists() and not force:
         raise GraftlineError(f"{file}: is there already; choose another --out, or add --force")
     chosen = [word.strip() for word in modalities.split(",") if word.strip()]

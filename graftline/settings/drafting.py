@@ -71,14 +71,8 @@ def draft(
     """
     kinds = dict(_named(each) for each in modalities)
     folders = sources or {}
-    unknown = [kind for kind in kinds.values() if kind not in KINDS]
-    unknown += [each for each in folders if each not in kinds]
-    if unknown:
-        near = nearest(unknown[0], list(KINDS)) or "."
-        raise RecipeError(
-            f"--modalities: {', '.join(unknown)} not known{near} There are: {', '.join(KINDS)}; "
-            "write name:kind for a modality of another name"
-        )
+    if problems := _unknown(kinds, folders):
+        raise RecipeError("\n".join(problems))
     given: dict[str, Any] = {
         "name": name,
         "method": method,
@@ -106,6 +100,23 @@ def _named(word: str) -> tuple[str, str]:
     """(name, kind) of `name:kind`, or of a name that is a kind."""
     name, _, kind = word.partition(":")
     return name, kind or name
+
+
+def _unknown(kinds: Mapping[str, str], folders: Mapping[str, str]) -> list[str]:
+    """Kinds of media that there are not, and sources of no modality, by their options."""
+    problems = []
+    if unknown := [kind for kind in kinds.values() if kind not in KINDS]:
+        near = nearest(unknown[0], list(KINDS)) or "."
+        problems.append(
+            f"--modalities: {', '.join(unknown)} not known{near} There are: {', '.join(KINDS)}; "
+            "write name:kind for a modality of another name"
+        )
+    if astray := [name for name in folders if name not in kinds]:
+        problems.append(
+            f"--source: {', '.join(astray)} not among --modalities ({', '.join(kinds)}); add a "
+            f"modality of your own there as name:kind, e.g. {astray[0]}:image"
+        )
+    return problems
 
 
 def _check(text: str) -> None:

@@ -69,6 +69,18 @@ def test_mistakes_are_named(arguments, code, words):
     assert "Traceback" not in text
 
 
+def test_init_names_the_option_that_is_wrong(tmp_path):
+    (tmp_path / "params").mkdir()
+    for words, said in (
+        (["--force", "--out", "params"], "params: is a folder"),
+        (["--out", "params"], "params: is a folder"),
+        (["--source", "photo=my/photos"], "--source: photo not among --modalities"),
+    ):
+        code, text = _graftline("init", *words, folder=tmp_path)
+        assert code == 1
+        assert said in text and "Traceback" not in text, text
+
+
 def test_show_without_report_says_what_to_run(tmp_path):
     recipe = str(ROOT / "params/tiny.yaml")
     code, text = _graftline("show", recipe, "--method", "joint", folder=tmp_path)

@@ -83,8 +83,10 @@ def test_modalities_of_one_s_own_come_with_their_folders(tmp_path):
     assert recipe.modality("hum").data is None
     with pytest.raises(RecipeError, match="scan not known.*name:kind"):
         draft("mine", "mera", ["xray:scan"], SMOLLM2)
-    with pytest.raises(RecipeError, match="other not known"):
+    with pytest.raises(RecipeError, match="^--source: other not among.*xray, hum.*other:image"):
         draft("mine", "mera", wanted, SMOLLM2, sources={"other": "x"})
+    with pytest.raises(RecipeError, match="scan not known.*\n--source: xrai not among.*xray"):
+        draft("mine", "mera", ["xray:scan"], SMOLLM2, sources={"xrai": "x"})
 
 
 def test_a_brief_recipe_says_the_same_in_few_lines(tmp_path):
