@@ -13,6 +13,7 @@ from graftline.asking.bundle import refuse_existing, write_bundle
 from graftline.asking.conversation import Shown, Turn, check_question
 from graftline.asking.media import Medium
 from graftline.asking.table import answer_table, read_questions
+from graftline.durable import why_unwritable
 from graftline.errors import GraftlineError
 from graftline.progress import shown
 from tasks.models import card_of, described, find_finished, find_parts, measured_by
@@ -74,11 +75,14 @@ def ask_table(asker: Asker, table: Path, out: Path, console: Console, batch: int
         How many questions were answered.
 
     Raises:
-        GraftlineError: lists every problem of the table; nothing is asked or written then.
+        GraftlineError: there is something at `out`, or it cannot be written; or lists every problem
+            of the table. Nothing is asked or written then.
     """
     if out.resolve() == table.resolve():
         raise GraftlineError(f"{out}: is the table of questions itself; choose another --out")
-    if out.is_dir() or not out.absolute().parent.is_dir():
+    refuse_existing(out)
+    folder = out.absolute().parent
+    if not folder.is_dir():
         raise GraftlineError(f"{out}: cannot be written; choose a file in a folder that is there")
     with shown(console):
         questions = read_questions(table, asker)
@@ -86,6 +90,8 @@ def ask_table(asker: Asker, table: Path, out: Path, console: Console, batch: int
     return len(questions.rows)
 
 
+    if (why := why_unwritable(folder)) is not None:
+        raise GraftlineError(f"{out}: cannot be written ({why}); choose another --out")
 def export(
     model: str, overrides: Mapping[str, Any], stage: int | None, out: Path, console: Console
 ) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -94,3 +95,18 @@ def test_what_is_no_table_is_refused(content, words, tmp_path):
         using.ask_table(asker, table, tmp_path / "answers.csv", QUIET)
     with pytest.raises(GraftlineError, match="table of questions itself"):
         using.ask_table(asker, table, table, QUIET)
+
+
+def test_nothing_is_overwritten_and_nothing_asked_in_vain(tmp_path, monkeypatch):
+    monkeypatch.setattr(using, "read_questions", lambda *_: pytest.fail("was read"))
+    picture, away = tmp_path / "cat.png", tmp_path / "away.csv"
+    picture.write_bytes(b"a picture")
+    away.symlink_to(tmp_path / "nowhere.csv")
+    asker = Asker(find_parts(RECIPE, {}))
+    for out in (picture, away, tmp_path):
+        with pytest.raises(GraftlineError, match="is there already; choose another --out"):
+            using.ask_table(asker, tmp_path / "questions.csv", out, QUIET)
+    assert picture.read_bytes() == b"a picture"
+    for folder in (tmp_path / "none", Path("/proc")):
+        with pytest.raises(GraftlineError, match="answers.csv: cannot be written"):
+            using.ask_table(asker, tmp_path / "questions.csv", folder / "answers.csv", QUIET)
