@@ -13,6 +13,7 @@ from flows.continual import carry_out_run, opened_run
 from flows.data import versioned
 from graftline.asking.bundle import refuse_existing
 from graftline.exchange.adding import check_recipe, plan_addition, take_in
+from graftline.planning.problems import require_possible
 from graftline.settings.reading import load_recipe
 from graftline.stores import open_store
 from tasks.addition import export_addition
@@ -45,6 +46,7 @@ def add(recipe_path: str, model: str, out: str, overrides: Mapping[str, Any] | N
     with opened_run(recipe, folder) as record:
         data = versioned(recipe)
         addition = plan_addition(recipe, data.files, origin)
+        require_possible(addition.plan.recipe, data.files, own_start=False)
         take_in(origin, open_store(recipe.store))
 
         def finish(place: Place, model_id: str | None) -> None:

@@ -29,8 +29,10 @@ def app(
 ) -> None:
     """Open a page that takes media and a question and compares two models' answers."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from graftline.planning.problems import require_device
     from tasks.choices import choices_of
 
+    require_device(device, "--device")
     choices = choices_of(models, overrides_of(None, None, settings))
     _require_gradio()
     from flows import page

@@ -41,6 +41,7 @@ def drift(
     chosen = checked(recipe, overrides_of(method, seed, settings))
     from pathlib import Path
 
+    from graftline.planning.problems import require_device
     from graftline.progress import shown
     from graftline.steps.drifting import connector_drifts
     from graftline.steps.work import Machine
@@ -48,6 +49,7 @@ def drift(
     from tasks.outputs import usual_order
     from tasks.own_data import whole_data
 
+    require_device(chosen.execution.device)
     version = whole_data(chosen)
     if version is None:
         raise no_data(chosen, recipe)

@@ -110,7 +110,10 @@ def run_addition(
 
 def _say_if_widened(recipe: Recipe, console: Console) -> None:
     from graftline.model.opening import is_widened
+    from graftline.planning.problems import device_problems
 
+    if device_problems(recipe.execution.device):
+        return  # the run refuses it, with all else that stands in its way
     if is_widened(recipe):
         console.print(
             "[dim]This CPU does not multiply bfloat16: computing in float32; what is stored stays "

@@ -15,6 +15,7 @@ from graftline.asking.media import Medium
 from graftline.asking.table import answer_table, read_questions
 from graftline.durable import why_unwritable
 from graftline.errors import GraftlineError
+from graftline.planning.problems import require_device
 from graftline.progress import shown
 from tasks.models import card_of, described, find_finished, find_parts, measured_by
 
@@ -27,7 +28,12 @@ def open_model(
     device: str,
     max_new_tokens: int | None,
 ) -> Asker:
-    """A model that can be asked; see `tasks.models.find_parts`."""
+    """A model that can be asked; see `tasks.models.find_parts`.
+
+    Raises:
+        GraftlineError: the device cannot be used here, or there is no such model.
+    """
+    require_device(device, "--device")
     return Asker(find_parts(model, overrides, stage), device, max_new_tokens)
 
 
@@ -84,14 +90,14 @@ def ask_table(asker: Asker, table: Path, out: Path, console: Console, batch: int
     folder = out.absolute().parent
     if not folder.is_dir():
         raise GraftlineError(f"{out}: cannot be written; choose a file in a folder that is there")
+    if (why := why_unwritable(folder)) is not None:
+        raise GraftlineError(f"{out}: cannot be written ({why}); choose another --out")
     with shown(console):
         questions = read_questions(table, asker)
         answer_table(questions, asker, out, batch)
     return len(questions.rows)
 
 
-    if (why := why_unwritable(folder)) is not None:
-        raise GraftlineError(f"{out}: cannot be written ({why}); choose another --out")
 def export(
     model: str, overrides: Mapping[str, Any], stage: int | None, out: Path, console: Console
 ) -> str:

@@ -20,17 +20,20 @@ _REALIGNING = tuple(method for method, (_, realigns) in HALVES.items() if realig
 _INNER = ("mera+", "mera-corrected", "mera-distilled")
 
 
-def recipe_problems(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> list[str]:
+def recipe_problems(
+    recipe: Recipe, data_files: Mapping[str, Mapping[str, str]], *, own_start: bool = True
+) -> list[str]:
     """Everything that would stop a run, as far as it can be known without computing.
 
     Args:
         recipe: a recipe whose form is right.
         data_files: modality -> split -> md5 of its parquet file.
+        own_start: it starts from the recipe's own backbone, and not from an exported model.
 
     Returns:
         A line a problem: where it is and what to do; empty when there is none.
     """
-    backbone = backbone_problem(recipe.backbone.source)
+    backbone = backbone_problem(recipe.backbone.source) if own_start else None
     problems = [f"backbone.source: {backbone}"] if backbone else []
     for modality in recipe.order:
         found = encoder_problem(recipe.modality(modality).encoder, recipe.kind_of(modality))
@@ -44,18 +47,22 @@ def recipe_problems(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]])
                 f"order: {modality} has no data: {files} missing; put the rows there,{advice} or "
                 f"take {modality} out of order"
             )
-    problems += _connector_problems(recipe)
-    return [*problems, *_rule_problems(recipe), *_device_problems(recipe)]
+    problems += [*_connector_problems(recipe), *_rule_problems(recipe)]
+    here = recipe.execution.where == "here"
+    return [*problems, *(device_problems(recipe.execution.device) if here else [])]
 
 
-def require_possible(recipe: Recipe, data_files: Mapping[str, Mapping[str, str]]) -> None:
+def require_possible(
+    recipe: Recipe, data_files: Mapping[str, Mapping[str, str]], *, own_start: bool = True
+) -> None:
     """Raises a GraftlineError that lists what `recipe_problems` finds, before anything is computed.
 
     Args:
         recipe: as for `recipe_problems`.
         data_files: so, too.
+        own_start: so, too.
     """
-    if problems := recipe_problems(recipe, data_files):
+    if problems := recipe_problems(recipe, data_files, own_start=own_start):
         raise problems_error(recipe.name, problems)
 
 
@@ -63,6 +70,34 @@ def problems_error(called: object, problems: Sequence[str]) -> GraftlineError:
     """The error that lists all problems of a recipe."""
     listed = "\n".join(f"  - {line}" for line in problems)
     return GraftlineError(f"{called}: {len(problems)} problem(s) stand in the way:\n{listed}")
+
+
+def device_problems(name: str, where: str = "execution.device") -> list[str]:
+    """Why nothing can be computed on a device of this machine; empty if it can.
+
+    Args:
+        name: as in a recipe.
+        where: the key or the option that names it.
+    """
+    if name == "auto":
+        return []
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        reason = str(error).splitlines()[0]
+        return [f"{where}: {name} cannot be used here ({reason}); auto takes what is here"]
+    return []
+
+
+def require_device(name: str, where: str = "execution.device") -> None:
+    """Raises a GraftlineError that says what `device_problems` finds.
+
+    Args:
+        name: as for `device_problems`.
+        where: so, too.
+    """
+    if problems := device_problems(name, where):
+        raise GraftlineError("\n".join(problems))
 
 
 def _connector_problems(recipe: Recipe) -> list[str]:
@@ -92,18 +127,6 @@ def _rule_problems(recipe: Recipe) -> list[str]:
 
 def _rule(where: str, name: str, values: Mapping[str, Any], experts: int) -> list[str]:
     return _message(where, lambda: parameters_for(rule_named(name), values, experts))
-
-
-def _device_problems(recipe: Recipe) -> list[str]:
-    name = recipe.execution.device
-    if name == "auto" or recipe.execution.where != "here":
-        return []
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        reason = str(error).splitlines()[0]
-        return [f"execution.device: {name} cannot be used here ({reason}); auto takes what is here"]
-    return []
 
 
 def _message(where: str, attempt: Callable[[], object]) -> list[str]:

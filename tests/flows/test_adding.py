@@ -156,6 +156,13 @@ def test_all_that_stands_against_an_addition_is_listed(three, exported):
         check_recipe(load_recipe(RECIPE), exported / "route")
 
 
+def test_nothing_is_taken_in_for_an_addition_that_cannot_be(used, three, tmp_path):
+    words = ["--set", "execution.device=gpu", "--set", f"store={tmp_path / 'store'}"]
+    code, text = Project(used).run("add", RECIPE, str(three), "--out", str(tmp_path / "x"), *words)
+    assert code == 1 and "execution.device: gpu cannot be used here" in text, text
+    assert not (tmp_path / "store/bundle").exists()
+
+
 def test_a_damaged_model_is_not_taken_in(three, tmp_path):
     shutil.copytree(three, tmp_path / "three")
     file = tmp_path / "three/connectors/connector-image.safetensors"

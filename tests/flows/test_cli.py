@@ -60,6 +60,14 @@ def test_help_is_complete_and_loads_nothing_heavy():
             1,
             ["2 problem(s)", "did you mean 'mera'", "'x'"],
         ),
+        (["ask", "params/tiny.yaml", "Eh?", "--device", "gpu"], 1, ["--device: gpu cannot be"]),
+        (["chat", "params/tiny.yaml", "--device", "cuda:99"], 1, ["auto takes what is here"]),
+        (["app", "params/tiny.yaml", "--device", "gpu"], 1, ["--device: gpu cannot be used"]),
+        (
+            ["drift", "params/tiny.yaml", "--set", "execution.device=gpu"],
+            1,
+            ["execution.device: gpu cannot be used here"],
+        ),
     ],
 )
 def test_mistakes_are_named(arguments, code, words):

@@ -151,6 +151,14 @@ def test_problems_are_listed_together(copy):
         assert words in text
 
 
+def test_a_run_names_a_wrong_device_with_the_other_problems(copy):
+    wrong = ("modalities.image.encoder=efficientnet", "execution.device=gpu", "precision=bfloat16")
+    code, text = copy.run("run", "params/tiny.yaml", *(w for s in wrong for w in ("--set", s)))
+    assert code == 1 and "Traceback" not in text, text
+    for words in ("2 problem(s)", "modalities.image.encoder", "execution.device: gpu cannot be"):
+        assert words in text
+
+
 def test_a_damaged_artifact_is_named_before_a_run_meets_it(copy):
     for path in copy.folder.glob("artifacts/backbone/*/backbone/model.safetensors"):
         path.write_bytes(path.read_bytes()[:-10])
