@@ -120,10 +120,11 @@ def table(
 ) -> None:
     """Print every finished method of a recipe side by side, over its seeds, as Markdown."""
     from flows.showing import summary_of
-    from tasks.outputs import compose_folder, finished_reports
+    from tasks.outputs import compose_folder, finished_reports, reports_also
 
     name = checked(recipe, {}).name
-    folders = [folder for each in [name, *(also or [])] for folder in finished_reports(each)]
+    folders = finished_reports(name)
+    folders += [folder for each in also or [] for folder in reports_also(each)]
     if composition:
         from graftline.recipe import COMPOSITIONS
 

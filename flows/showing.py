@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from graftline.durable import atomic_write_text
+from graftline.errors import GraftlineError
 from graftline.evaluation.pictures import retention_against_storage
 from graftline.evaluation.table import csv_table, label_of, markdown_table, summarise_runs
-from tasks.outputs import pictures
+from tasks.outputs import pictures, read_metrics
 
 
 def summary_of(folders: Sequence[Path], out: Path | None = None) -> str:
@@ -41,10 +41,21 @@ def summary_of(folders: Sequence[Path], out: Path | None = None) -> str:
 
 
 def print_report(console: Console, folder: Path | str) -> None:
-    """Prints scores over stages, the gains with their intervals, and where the pictures lie."""
+    """Prints scores over stages, the gains with their intervals, and where the pictures lie.
+
+    Raises:
+        GraftlineError: a file of the report is damaged; names it.
+    """
     folder = Path(folder)
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    console.print(_scores(folder, metrics))
+    metrics = read_metrics(folder)
+    try:
+        scores = _scores(folder, metrics)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise GraftlineError(
+            f"{folder / 'scores.csv'}: is not readable ({error}); restore it, or run the recipe "
+            "again with the folder moved away"
+        ) from error
+    console.print(scores)
     console.print(_gains(metrics))
     for path in [*pictures(folder), folder / "metrics.json"]:
         console.print(str(path), soft_wrap=True)

@@ -16,7 +16,7 @@ from graftline.settings.reading import load_recipe
 from graftline.store import Store
 from graftline.stores import open_store
 from tasks.models import find_parts
-from tasks.outputs import finished_reports, read_object
+from tasks.outputs import finished_reports, read_metrics
 from tasks.own_data import whole_data
 
 _RECIPES = (".yaml", ".yml")
@@ -79,7 +79,7 @@ def _of_recipe(path: Path, overrides: Mapping[str, Any]) -> list[Choice]:
     The run that the recipe itself names comes before the others.
     """
     own = load_recipe(path, overrides)
-    reports = [read_object(folder / "metrics.json") for folder in finished_reports(own.name)]
+    reports = [read_metrics(folder) for folder in finished_reports(own.name)]
     reports.sort(key=lambda each: (each["method"] != own.method, each["seed"] != own.seed))
     found: list[Choice] = []
     for metrics in reports:

@@ -30,7 +30,7 @@ from graftline.planning.plan import Reference, is_done
 from graftline.planning.run import RunPlan
 from graftline.stores import open_store
 from tasks import tracking
-from tasks.outputs import finished_reports, report_folder
+from tasks.outputs import read_metrics, report_folder, reports_also
 from tasks.references import TrackedRun
 from tasks.report import has_costs, metrics_in
 
@@ -107,11 +107,11 @@ def reports_of(name: str, places: Sequence[tuple[Order, int]]) -> dict[str, list
         places: (order, seed) of every run.
 
     Raises:
-        GraftlineError: no method of it has them all.
+        GraftlineError: no method of it has them all, or a report is damaged.
     """
     found: dict[str, dict[tuple[Order, int], Path]] = {}
-    for folder in finished_reports(name):
-        metrics = metrics_in(folder)
+    for folder in reports_also(name):
+        metrics = read_metrics(folder)
         runs = found.setdefault(f"{metrics['method']} ({name})", {})
         runs[tuple(metrics["order"]), int(metrics["seed"])] = folder
     whole = {

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from graftline.errors import GraftlineError
+from graftline.settings.type_problems import nearest
 
 if TYPE_CHECKING:
     from graftline.recipe import Recipe
@@ -92,12 +96,47 @@ def read_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What a finished run's report holds.
+
+    Args:
+        folder: the report.
+
+    Raises:
+        GraftlineError: `metrics.json` is damaged, or of something else.
+    """
+    file = folder / "metrics.json"
+    metrics = read_object(file)
+    if missing := [key for key in ("recipe", "method", "seed", "order") if key not in metrics]:
+        raise GraftlineError(
+            f"{file}: is not readable as a report (no {', '.join(missing)}); restore it, or move "
+            "the folder away and run the recipe again"
+        )
+    return metrics
+
+
 def finished_reports(recipe_name: str) -> list[Path]:
     """Report folders of a recipe's finished runs, by method, order and seed."""
     root = Path("reports", recipe_name)
     found = [*root.glob("*/seed-*/metrics.json"), *root.glob("*/order-*/seed-*/metrics.json")]
-    folders = [path.parent for path in found]
+    folders = [path.parent for path in found if re.fullmatch(r"seed-[0-9]+", path.parent.name)]
     return sorted(folders, key=lambda folder: (folder.relative_to(root).parts[:-1], _seed(folder)))
+
+
+def reports_also(recipe_name: str) -> list[Path]:
+    """Report folders of another recipe, whose rows `--also` sets beside a recipe's own.
+
+    Raises:
+        GraftlineError: none of its runs is finished; says whose name is near.
+    """
+    folders = finished_reports(recipe_name)
+    if not folders:
+        known = [path.name for path in Path("reports").glob("*") if finished_reports(path.name)]
+        raise GraftlineError(
+            f"--also {recipe_name}: no run is finished under reports/{recipe_name}"
+            f"{nearest(recipe_name, known) or '; give the name of a recipe that was run'}"
+        )
+    return folders
 
 
 def _unusual(recipe: Recipe, usual: Sequence[str]) -> bool:

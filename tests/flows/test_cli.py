@@ -60,6 +60,7 @@ def test_help_is_complete_and_loads_nothing_heavy():
             1,
             ["2 problem(s)", "did you mean 'mera'", "'x'"],
         ),
+        (["table", "params/tiny.yaml", "--also", "strater"], 1, ["did you mean 'starter'"]),
         (["ask", "params/tiny.yaml", "Eh?", "--device", "gpu"], 1, ["--device: gpu cannot be"]),
         (["chat", "params/tiny.yaml", "--device", "cuda:99"], 1, ["auto takes what is here"]),
         (["app", "params/tiny.yaml", "--device", "gpu"], 1, ["--device: gpu cannot be used"]),

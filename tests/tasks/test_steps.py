@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from rich.console import Console
 
+from flows.showing import print_report
 from graftline.data.build import by_modality
 from graftline.durable import StoreUnwritable
 from graftline.errors import GraftlineError
@@ -15,9 +18,11 @@ from graftline.planning.run import plan_run
 from graftline.recipe import ContinualName
 from graftline.settings.reading import load_recipe
 from graftline.store import Store
+from tasks.choices import choices_of
+from tasks.comparing import reports_of
 from tasks.data import inside_dvc
 from tasks.models import recipe_named
-from tasks.outputs import report_folder, usual_order
+from tasks.outputs import finished_reports, report_folder, reports_also, usual_order
 from tasks.preflight import bytes_needed, check_disk, check_folders
 from tasks.steps import TASKS, by_stage, is_passing, unfinished
 from tasks.tracking import flat
@@ -120,6 +125,32 @@ def test_another_recipe_s_trouble_hides_none(tmp_path, monkeypatch):
     for file, text in (("bad", "name: 2024-13-45"), ("worse", "name: [1"), ("good", "name: mine")):
         (tmp_path / f"params/{file}.yaml").write_text(text)
     assert recipe_named("mine") == Path("params/good.yaml")
+
+
+def test_reports_are_of_seeds_alone_and_a_damaged_one_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    metrics = {"recipe": "tiny", "method": "mera", "seed": 0, "order": ["image"]}
+    for name in ("seed-0", "seed-0-before", "seed-x"):
+        folder = Path("reports/tiny/mera", name)
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    report = Path("reports/tiny/mera/seed-0")
+    assert finished_reports("tiny") == [report] == reports_also("tiny")
+    places = [(("image",), 0)]
+    assert reports_of("tiny", places) == {"mera (tiny)": [report]}
+    with pytest.raises(GraftlineError, match="--also tinny: no run .*; did you mean 'tiny'"):
+        reports_of("tinny", places)
+    (report / "scores.csv").write_text("<<<<<<< HEAD\npoint,stage\n")
+    with pytest.raises(GraftlineError, match="seed-0/scores.csv: is not readable"):
+        print_report(Console(quiet=True), report)
+    (report / "metrics.json").write_text(f"<<<<<<< HEAD\n{json.dumps(metrics)}")
+    for read in (
+        lambda: print_report(Console(quiet=True), report),
+        lambda: reports_of("tiny", places),
+        lambda: choices_of([str(TINY)], {}),
+    ):
+        with pytest.raises(GraftlineError, match="seed-0/metrics.json: is not readable"):
+            read()
 
 
 def test_checksums_by_modality():
