@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from mlflow.utils.uri import get_uri_scheme
+
 from graftline.durable import nearest, why_unwritable
 from graftline.errors import GraftlineError
 from graftline.model.opening import DTYPES
@@ -30,6 +32,10 @@ _STATE_BYTES = 12  # a trained weight's fp32 master and two moments
 _HOLDING_BACKBONES = (
     "backbone", "merge", "weighted-merge", "compose", "guarded-fine-tune", "fisher",
 )  # fmt: skip
+_TRACKING = (
+    "http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks",
+    "databricks-uc", "uc",
+)  # fmt: skip
 
 
 class PreflightError(GraftlineError):
@@ -44,7 +50,8 @@ def check_folders(recipe: Recipe, report: Path) -> None:
         report: the folder of its report.
 
     Raises:
-        PreflightError: lists every folder that cannot be written, and what to do.
+        PreflightError: lists every folder that cannot be written, and what to do; and what is no
+            address of MLflow's.
     """
     wanted = {
         machine_folder(
@@ -52,13 +59,19 @@ def check_folders(recipe: Recipe, report: Path) -> None:
         ): "make it writable or choose another folder with --set store=<folder>",
         report: "move away what is in its place, or make it writable",
     }
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
         wanted[tracking.FOLDER] = "move away what is in its place, or make it writable"
     problems = [
         f"{folder}: cannot be written ({why}); {advice}"
         for folder, advice in wanted.items()
         if (why := why_unwritable(folder)) is not None
     ]
+    if uri and (get_uri_scheme(uri) or uri) not in _TRACKING:
+        problems.append(
+            f"MLFLOW_TRACKING_URI: {uri} is no address that MLflow knows; for a server write "
+            f"http://{uri.rpartition('://')[2]}"
+        )
     if problems:
         raise PreflightError("\n".join(problems))
 

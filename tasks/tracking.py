@@ -335,20 +335,27 @@ def registered_tags(name: str, alias: str | None, version: str | None) -> dict[s
         version: the version's number where there is no alias.
 
     Raises:
-        GraftlineError: there is no such version; says which names and aliases there are.
+        GraftlineError: there is no such version; says which names and aliases there are. Or MLflow
+            cannot be asked.
     """
     uri = tracking_uri()
-    client = None
-    if not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file():
-        client = _client(uri)
-        with suppress(MlflowException):
-            found = (
-                client.get_model_version_by_alias(name, alias)
-                if alias is not None
-                else client.get_model_version(name, str(version))
-            )
-            return dict(found.tags)
-    models = client.search_registered_models() if client is not None else []
+    models: list[Any] = []
+    try:
+        if not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file():
+            client = _client(uri)
+            with suppress(MlflowException):
+                found = (
+                    client.get_model_version_by_alias(name, alias)
+                    if alias is not None
+                    else client.get_model_version(name, str(version))
+                )
+                return dict(found.tags)
+            models = list(client.search_registered_models())
+    except MlflowException as error:
+        raise GraftlineError(
+            f"MLFLOW_TRACKING_URI: {uri} cannot be asked ({str(error).splitlines()[0][:200]}); "
+            "start its server, or correct the address"
+        ) from error
     known = sorted(f"{model.name}@{each}" for model in models for each in model.aliases)
     raise GraftlineError(
         f"{name}{'@' if alias else '/'}{alias or version}: no such registered model; "

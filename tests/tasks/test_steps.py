@@ -25,7 +25,8 @@ from tasks.models import recipe_named
 from tasks.outputs import finished_reports, report_folder, reports_also, usual_order
 from tasks.preflight import bytes_needed, check_disk, check_folders
 from tasks.steps import TASKS, by_stage, is_passing, unfinished
-from tasks.tracking import flat
+from tasks.tracking import flat, registered_tags
+from tasks.ui import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "params/tiny.yaml"
@@ -151,6 +152,21 @@ def test_reports_are_of_seeds_alone_and_a_damaged_one_is_named(tmp_path, monkeyp
     ):
         with pytest.raises(GraftlineError, match="seed-0/metrics.json: is not readable"):
             read()
+
+
+def test_where_mlflow_cannot_be_asked_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    recipe, away = load_recipe(TINY), f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", away)
+    check_folders(recipe, tmp_path / "report")  # what it misses is told later
+    with pytest.raises(GraftlineError, match=f"MLFLOW_TRACKING_URI: {away} cannot be asked"):
+        registered_tags("tiny", "mera", None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "localhost:5000")
+    with pytest.raises(GraftlineError, match="MLFLOW_TRACKING_URI: localhost:5000 cannot be asked"):
+        registered_tags("tiny", "mera", None)
+    with pytest.raises(GraftlineError, match="for a server write http://localhost:5000"):
+        check_folders(recipe, tmp_path / "report")
 
 
 def test_checksums_by_modality():
