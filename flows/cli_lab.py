@@ -21,10 +21,12 @@ def deploy(
 ) -> None:
     """Make work pool, slots and deployments on the lab's Prefect server, or update them."""
     from tasks.lab import POOL, deploy_flows, prepare_lab, require_server
+    from tasks.server import wait_for
 
     url = require_server()
-    there = prepare_lab(slots)
     with console.status("deploying"):
+        wait_for(url)
+        there = prepare_lab(slots)
         deploy_flows(Path.cwd())
     out.print(f"{url}: pool {POOL}, {there} slot(s), deployments of prefect.yaml", highlight=False)
     out.print("On each machine: [bold]graftline work[/]")

@@ -48,9 +48,19 @@ _SERVICES_OFF = {
 
 
 def configured_url() -> str | None:
-    """The API that the user configured, by `PREFECT_API_URL` or the active Prefect profile."""
-    if url := os.environ.get("PREFECT_API_URL"):
-        return url
+    """The API that the user configured, by `PREFECT_API_URL` or the active Prefect profile.
+
+    Raises:
+        GraftlineError: it is no URL.
+    """
+    url = os.environ.get("PREFECT_API_URL") or _url_of_profile()
+    if url and not url.lower().startswith(("http://", "https://")):
+        right = f"http://{url.rpartition('://')[2]}"
+        raise GraftlineError(f"PREFECT_API_URL: {url} is no address of a server; write {right}")
+    return url
+
+
+def _url_of_profile() -> str | None:
     home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
     path = Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml"))
     try:
@@ -120,7 +130,7 @@ class Server:
             raise GraftlineError(self._failure())
         assert self.url is not None
         if not self.own:
-            _wait_for(self.url)
+            wait_for(self.url)
         return self.url
 
     def _line(self) -> str:
@@ -144,10 +154,16 @@ class Server:
         )
 
 
-def _wait_for(url: str) -> None:
+def wait_for(url: str) -> None:
     """Waits until the user's server answers: one that is just restarted fails no run.
 
     A client of Prefect's own that has never had an answer fails at its first question.
+
+    Args:
+        url: of its API.
+
+    Raises:
+        GraftlineError: it does not answer for a minute.
     """
     import httpx
 

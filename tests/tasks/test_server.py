@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from flows.cli_lab import deploy
 from graftline.durable import why_unwritable
 from graftline.errors import GraftlineError
 from tasks import server
@@ -60,6 +61,19 @@ def test_one_that_does_not_is_named(port, monkeypatch):
         pytest.raises(GraftlineError, match=f"127.0.0.1:{port}/api does not answer. Start it"),
     ):
         running.wait()
+
+
+def test_an_address_that_is_no_url_is_refused_at_once(monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "localhost:4200/api")
+    with pytest.raises(GraftlineError, match="PREFECT_API_URL: .*write http://localhost:4200/api"):
+        server.Server()
+
+
+def test_who_deploys_waits_for_the_server_too(port, monkeypatch):
+    monkeypatch.setattr(server, "_ANSWER_SECONDS", 0.2)
+    _configured(port, monkeypatch)
+    with pytest.raises(GraftlineError, match=f"127.0.0.1:{port}/api does not answer. Start it"):
+        deploy()
 
 
 def test_where_prefect_cannot_write_is_named_before_it_is_started(tmp_path, monkeypatch):
