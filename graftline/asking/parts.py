@@ -152,19 +152,38 @@ def load_parts(parts: Parts, device: str = "auto") -> LoadedModel:
     return loaded
 
 
+def read_tokenizer(backbone: Path) -> Any:
+    """The tokenizer in a backbone's folder.
+
+    Raises:
+        GraftlineError: there is none, as where a model was taken apart that had none.
+    """
+    with BUILDING:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                str(backbone), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise GraftlineError(
+                f"{backbone}: has no tokenizer that can be read; make the model again from one "
+                "with tokenizer.json and tokenizer_config.json in its folder"
+            ) from error
+
+
 def prompts_of(parts: Parts) -> tuple[PromptEncoder, int | None]:
     """What a model's prompts are made by, and how many tokens it reads; its LLM is not loaded.
 
     Raises:
-        GraftlineError: the backbone has no chat template, or no end-of-sequence token.
+        GraftlineError: the backbone has no tokenizer, no chat template, or no end-of-sequence
+            token.
     """
     with BUILDING:
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
 
     folder = str(parts.backbone)
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
+    tokenizer = read_tokenizer(parts.backbone)
     tokens = {
         modality: read_connector(place, read_record(place, modality)).tokens
         for modality, place in parts.connectors.items()

@@ -25,6 +25,7 @@ from graftline.asking.bundle import (
     write_description,
 )
 from graftline.asking.card import model_card
+from graftline.asking.parts import read_tokenizer
 from graftline.errors import GraftlineError
 from graftline.exchange.kinship import require_kin
 from graftline.manifest import seal
@@ -32,7 +33,6 @@ from graftline.merging.checkpoints import INDEX, open_checkpoint
 from graftline.merging.companions import companions_of
 from graftline.merging.rules import rule_named
 from graftline.merging.streaming import MergeReport, MergeRequest, merge_checkpoints
-from graftline.model.building import BUILDING
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def combine(
 
     Raises:
         GraftlineError: lists what stands against it: a modality in two models, one that is routed
-            already, one of another base, unlike system prompts.
+            already, one of another base, unlike system prompts. Or a model has no tokenizer.
     """
     refuse_existing(out)
     members = [_Member(folder, read_description(folder)) for folder in models]
@@ -99,6 +99,7 @@ def combine(
     for member in members:
         theirs = open_checkpoint(member.backbone).entries
         require_kin(ours, theirs, (base, member.folder))
+    templates = [read_tokenizer(each.backbone).chat_template for each in members]
     with durable.new_folder(out) as temporary:
         request = MergeRequest(
             rule=rule,
@@ -110,7 +111,7 @@ def combine(
             names={base: base.name, **{each.backbone: each.folder.name for each in members}},
         )
         report = merge_checkpoints(request)
-        warnings = _give_template(members, temporary / "backbone")
+        warnings = _give_template(members, templates, temporary / "backbone")
         if masked:
             _copy_checkpoint(base, temporary / "base")
             places = {name: n for n, each in enumerate(members) for name in each.modalities}
@@ -131,16 +132,10 @@ def _copy_checkpoint(folder: Path, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
-def _give_template(members: Sequence[_Member], backbone: Path) -> list[str]:
+def _give_template(
+    members: Sequence[_Member], texts: Sequence[str | None], backbone: Path
+) -> list[str]:
     """Gives the new model its first member's chat template; warns where others had another."""
-    with BUILDING:
-        from transformers import AutoTokenizer
-
-        tokenizers: Any = AutoTokenizer
-        texts = [
-            tokenizers.from_pretrained(str(each.backbone), local_files_only=True).chat_template
-            for each in members
-        ]
     if texts[0]:
         (backbone / "chat_template.jinja").write_text(texts[0], encoding="utf-8")
     others = [

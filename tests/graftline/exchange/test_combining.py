@@ -190,3 +190,20 @@ def test_the_command_says_what_comes_next(made: Path, tmp_path: Path) -> None:
     assert f"2 models in one; graftline ask {out}" in result.output.replace("\n", "")
     record = json.loads((tmp_path / "both/backbone/merge.json").read_text())
     assert record["request"]["parameters"]["density"] == 0.5
+
+
+def test_who_has_no_tokenizer_is_told_before_anything_is_merged(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made / "llava", tmp_path / "llava")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "llava" / name).unlink()
+    take_apart(tmp_path / "llava", tmp_path / "mute")
+    words = r"mute/backbone: has no tokenizer.*with tokenizer\.json"
+    with pytest.raises(GraftlineError, match=words):
+        Asker(read_bundle(tmp_path / "mute")).encode([Turn((), "What is this?")])
+    merge = "graftline.exchange.combining.merge_checkpoints"
+    monkeypatch.setattr(merge, lambda _: pytest.fail("was merged"))
+    with pytest.raises(GraftlineError, match=words):
+        combine(made / "base", [made / "hearing", tmp_path / "mute"], tmp_path / "both")
+    assert not (tmp_path / "both").exists()
