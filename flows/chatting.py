@@ -61,7 +61,7 @@ class Chat:
             path = rest.strip().strip("\"'")
             if not path:
                 raise GraftlineError(f"/{name} FILE: name a file")
-            pair = (self._asker.called(word), Path(path).expanduser())
+            pair = (self._asker.called(word), _file(path))
             self.media += show(self._asker, [pair], self._console)
             self._note(f"{path}: goes with the next question")
         else:
@@ -92,6 +92,16 @@ class Chat:
 
     def _note(self, text: str, style: str = "dim") -> None:
         self._console.out(text, style=style, highlight=False)
+
+
+def _file(path: str) -> Path:
+    """A path as it is typed; `~` is home, as in a shell."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise GraftlineError(
+            f"{path}: whose home that is nobody knows; write the whole path"
+        ) from error
 
 
 def converse(chat: Chat, lines: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ def merge(
     Raises:
         GraftlineError: lists what stands against it.
     """
+    if not math.isfinite(shard_gigabytes):
+        raise GraftlineError(f"--shard-gigabytes {shard_gigabytes}: give a number, e.g. 5")
     kept = {prefix: source for prefix, _, source in (text.partition("=") for text in keep)}
     given = (base, *experts, *filter(None, kept.values()))
     with shown(console), _sources(given, out) as sources:

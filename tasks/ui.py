@@ -55,15 +55,16 @@ def serve_both(mlflow_port: int, prefect_port: int, say: Callable[[str], None]) 
 
 
 def require_free(option: str, port: int) -> None:
-    """Raises a GraftlineError if a port of loopback is in use; the message names the option."""
+    """Raises a GraftlineError if a port of loopback cannot be had; it names the option."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            why = error.strerror if isinstance(error, OSError) else "ports go up to 65535"
             raise GraftlineError(
-                f"port {port} cannot be used ({error.strerror}); choose another one with {option}, "
-                "or 0 for any free one"
+                f"port {port} cannot be used ({why}); choose another one with {option}, or 0 for "
+                "any free one"
             ) from error
 
 

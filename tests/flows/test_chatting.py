@@ -23,6 +23,7 @@ def test_a_chat_keeps_its_turns_and_survives_mistakes(monkeypatch):
     chat = chatting.Chat(asker, said.append, Console(file=notes, width=300))
     lines = [
         "/help", f"/image {medium('image')}", "What is this?", "/audio absent.wav", "/dance",
+        "/image ~nouser/x.png",
         f'/points "{medium("point_cloud")}"', "And this?", "/image", "", "/quit", "never asked",
     ]  # fmt: skip
     chatting.converse(chat, lines)
@@ -35,7 +36,8 @@ def test_a_chat_keeps_its_turns_and_survives_mistakes(monkeypatch):
     assert "What is this?<|im_end|>" in said[1]
     assert "And this?<|im_end|>" in said[1]
     assert picture in said[1].split()[-2:]
-    for words in ("/points FILE", "absent.wav: there is no such file", "/dance: no such command"):
+    for words in ("/points FILE", "absent.wav: there is no such file", "/dance: no such command",
+                  "~nouser/x.png: whose home"):  # fmt: skip
         assert words in notes.getvalue()
     for _ in range(12):  # more than the tiny model's 1024 bytes
         chat.read("why " * 40)

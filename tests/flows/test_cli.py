@@ -61,6 +61,12 @@ def test_help_is_complete_and_loads_nothing_heavy():
             ["2 problem(s)", "did you mean 'mera'", "'x'"],
         ),
         (["table", "params/tiny.yaml", "--also", "strater"], 1, ["did you mean 'starter'"]),
+        (["ui", "--mlflow-port", "70000"], 1, ["port 70000 cannot be used", "--mlflow-port"]),
+        (
+            ["merge", "--rule=ties", "--base=b", "--expert=e", "--out=o", "--shard-gigabytes=nan"],
+            1,
+            ["--shard-gigabytes nan: give a number"],
+        ),
         (["ask", "params/tiny.yaml", "Eh?", "--device", "gpu"], 1, ["--device: gpu cannot be"]),
         (["chat", "params/tiny.yaml", "--device", "cuda:99"], 1, ["auto takes what is here"]),
         (["app", "params/tiny.yaml", "--device", "gpu"], 1, ["--device: gpu cannot be used"]),
