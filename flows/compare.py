@@ -23,6 +23,7 @@ from tasks.comparing import (
     record_comparison,
     reported_runs,
     reports_of,
+    require_same_data,
     write_comparison,
 )
 from tasks.outputs import compare_folder, report_folder, run_name, usual_order
@@ -72,6 +73,8 @@ def compare(
         plans = plans_of(recipe_path, wanted, overrides or {}, data.files)
         groups = _finished(recipe_path, plans, overrides or {}, data, trust_reports)
         baseline = BASELINE if BASELINE in groups else None
+        usual = usual_order(recipe_path)
+        require_same_data(others, data, [report_folder(plan.recipe, usual) for _, plan in plans])
         found = write_comparison(recipe.name, {**groups, **others}, baseline, folder)
         title = f"comparison of {len(found.methods)} methods"
         with comparison_run(recipe.name, title, comparison_tags(found)) as tracked:

@@ -31,7 +31,7 @@ from graftline.planning.run import RunPlan
 from graftline.stores import open_store
 from tasks import tracking
 from tasks.outputs import read_metrics, report_folder, reports_also
-from tasks.references import TrackedRun
+from tasks.references import DataVersion, TrackedRun
 from tasks.report import has_costs, metrics_in
 
 _NUMBERS = {"brg": "BRG.final", "frg_mean": "FRG.mean", "text_perplexity": "text_perplexity_after"}
@@ -125,6 +125,26 @@ def reports_of(name: str, places: Sequence[tuple[Order, int]]) -> dict[str, list
             f"--also {name}: no method under reports/{name} has all of these runs: {wanted}"
         )
     return whole
+
+
+def require_same_data(
+    others: Mapping[str, Sequence[Path]], data: DataVersion, own: Sequence[Path]
+) -> None:
+    """Raises a GraftlineError if reports are of other data than the runs that they come beside.
+
+    Args:
+        others: label -> report folders of another recipe's method.
+        data: what runs see now.
+        own: the runs' reports; those that are there may be of data before.
+    """
+    known = {data.md5, *(metrics_in(folder).get("data_md5") for folder in own)}
+    for folder in (folder for each in others.values() for folder in each):
+        found = read_metrics(folder).get("data_md5")
+        if found not in known:
+            raise GraftlineError(
+                f"{folder}: its run saw other data ({found}) than {data.folder} holds "
+                f"({data.md5}); leave it out of --also, or run it again on the same"
+            )
 
 
 def _time_spent(runs: Sequence[RunScores]) -> TimeSpent:

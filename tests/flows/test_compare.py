@@ -122,3 +122,16 @@ def test_reports_alone_are_compared_after_a_clone(copy):
     code, text = copy.run(*arguments, "--budget")
     assert "3 of 4 runs are finished by their reports" in text
     assert "1 runs;" in text
+
+
+def test_reports_of_other_data_are_refused_before_anything_is_computed(copy):
+    other = copy.folder / "reports/other/mera/seed-0"
+    shutil.copytree(copy.folder / "reports/tiny/mera/seed-0", other)
+    metrics = json.loads((other / "metrics.json").read_text())
+    (other / "metrics.json").write_text(json.dumps({**metrics, "data_md5": "0"}))
+    before = copy.artifacts()
+    code, text = copy.run(
+        "compare", "params/tiny.yaml", "--methods", "mera,finetune", "--also", "other"
+    )
+    assert code == 1 and "reports/other/mera/seed-0: its run saw other data (0)" in text, text
+    assert copy.artifacts() == before
