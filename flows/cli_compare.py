@@ -52,6 +52,13 @@ def compare(
             "even if its artifacts are not here, as after a clone.",
         ),
     ] = False,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder of tables, page and pictures; reports/<recipe>/compare if left out.",
+        ),
+    ] = None,
     settings: Settings = None,
     budget: Annotated[
         bool, typer.Option("--budget", help="Only say what is cached and what must run.")
@@ -85,10 +92,13 @@ def compare(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     rest = {"also": also or [], "trust_reports": trust_reports, "overrides": overrides}
+    rest |= {"out": str(target)} if target is not None else {}
     folder = Path(run_comparison(str(recipe), {**arguments, **rest}, console, announce))
     table = (folder / "table.md").read_text(encoding="utf-8")
     out.print(table, markup=False, highlight=False, soft_wrap=True)
-    for path in sorted(folder.iterdir()):
+    from tasks.outputs import comparison_files
+
+    for path in comparison_files(folder):
         out.print(str(path), soft_wrap=True)
 
 

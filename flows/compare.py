@@ -43,6 +43,7 @@ def compare(
     also: Sequence[str] = (),
     trust_reports: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    out: str | None = None,
 ) -> str:
     """Runs what a comparison still lacks, and compares.
 
@@ -58,6 +59,7 @@ def compare(
         trust_reports: a run whose report is of this very plan is finished, even if its artifacts
             are not in the store.
         overrides: dotted key -> value, for all runs; wins over the file.
+        out: the comparison's folder; `reports/<recipe>/compare` if `None`.
 
     Returns:
         The comparison's folder.
@@ -67,14 +69,14 @@ def compare(
     others = {
         label: paths for name in also for label, paths in reports_of(name, wanted.places).items()
     }
-    folder = compare_folder(recipe.name)
+    folder = compare_folder(recipe.name) if out is None else Path(out)
     with opened_run(recipe, folder) as record:
         data = versioned(recipe)
         plans = plans_of(recipe_path, wanted, overrides or {}, data.files)
-        groups = _finished(recipe_path, plans, overrides or {}, data, trust_reports)
-        baseline = BASELINE if BASELINE in groups else None
         usual = usual_order(recipe_path)
         require_same_data(others, data, [report_folder(plan.recipe, usual) for _, plan in plans])
+        groups = _finished(recipe_path, plans, overrides or {}, data, trust_reports)
+        baseline = BASELINE if BASELINE in groups else None
         found = write_comparison(recipe.name, {**groups, **others}, baseline, folder)
         title = f"comparison of {len(found.methods)} methods"
         with comparison_run(recipe.name, title, comparison_tags(found)) as tracked:

@@ -30,7 +30,7 @@ from graftline.planning.plan import Reference, is_done
 from graftline.planning.run import RunPlan
 from graftline.stores import open_store
 from tasks import tracking
-from tasks.outputs import read_metrics, report_folder, reports_also
+from tasks.outputs import comparison_files, read_metrics, report_folder, reports_also
 from tasks.references import DataVersion, TrackedRun
 from tasks.report import has_costs, metrics_in
 
@@ -164,7 +164,9 @@ def write_comparison(
     baseline: str | None,
     folder: Path,
 ) -> Compared:
-    """Writes `reports/<recipe>/compare/`: tables, page and pictures.
+    """Writes a comparison's tables, page and pictures.
+
+    A picture that only an earlier comparison had goes.
 
     Args:
         recipe: the recipe's name.
@@ -177,17 +179,21 @@ def write_comparison(
     time = _time_spent([run for each in runs.values() for run in each])
     first = next(iter(runs.values()))[0]
     folder.mkdir(parents=True, exist_ok=True)
-    frontier, orders = frontier_panel(methods), order_panels(methods)
     save_panels(
         folder / "stages.png", stage_panels(methods), f"{recipe}: scores over stages",
         "Means over seeds in the first order; thin bars: lowest to highest seed.",
     )  # fmt: skip
-    if frontier is not None:
-        note = "95 % intervals. Up and to the right is better."
-        save_panels(folder / "frontier.png", [frontier], f"{recipe}: BRG against FRG", note)
-    if orders:
-        note = "95 % intervals. At 100 nothing is forgotten."
-        save_panels(folder / "orders.png", orders, f"{recipe}: forgetting by order", note)
+    frontier = frontier_panel(methods)
+    for name, panels, title, note in (
+        ("frontier.png", [frontier] if frontier else [], "BRG against FRG",
+         "95 % intervals. Up and to the right is better."),
+        ("orders.png", order_panels(methods), "forgetting by order",
+         "95 % intervals. At 100 nothing is forgotten."),
+    ):  # fmt: skip
+        if panels:
+            save_panels(folder / name, panels, f"{recipe}: {title}", note)
+        else:
+            (folder / name).unlink(missing_ok=True)
     atomic_write_text(folder / "table.csv", csv_text(methods, baseline))
     atomic_write_text(folder / "table.md", markdown(methods, baseline, time))
     text = page(recipe, methods, baseline, time, first.data_md5)
@@ -207,7 +213,7 @@ def record_comparison(compared: Compared, tracked: TrackedRun, folder: Path) -> 
             tracking.log_numbers(child, tracked.uri, numbers, stage)
         tracking.log_numbers(child, tracked.uri, _totals(method), len(method.orders[0]))
         tracking.end_run(tracked.uri, child, "FINISHED")
-    tracking.log_files(tracked, sorted(path for path in folder.iterdir() if path.is_file()))
+    tracking.log_files(tracked, comparison_files(folder))
 
 
 def comparison_tags(compared: Compared) -> dict[str, str]:

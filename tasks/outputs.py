@@ -77,6 +77,12 @@ def compare_folder(recipe_name: str) -> Path:
     return Path("reports") / recipe_name / "compare"
 
 
+def comparison_files(folder: Path) -> list[Path]:
+    """What there is of a comparison in its folder."""
+    names = ("frontier.png", "orders.png", "page.html", "stages.png", "table.csv", "table.md")
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
 def data_folder(recipe_name: str) -> Path:
     """Where the contact sheets of a recipe's data lie."""
     return Path("reports") / recipe_name / "data"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -122,6 +123,24 @@ def test_reports_alone_are_compared_after_a_clone(copy):
     code, text = copy.run(*arguments, "--budget")
     assert "3 of 4 runs are finished by their reports" in text
     assert "1 runs;" in text
+
+
+def test_a_second_look_has_a_folder_of_its_own(copy):
+    look = copy.folder / "reports/tiny/look"
+    look.mkdir()
+    for name in ("orders.png", "notes.txt"):  # of a comparison before, and of the user's own
+        (look / name).write_text("there before")
+    code, text = copy.run(
+        "compare", "params/tiny.yaml", "--methods", "mera", "--out", "reports/tiny/look"
+    )
+    assert code == 0, text
+    assert not (copy.folder / "reports/tiny/compare").exists()
+    shown = {line for line in text.splitlines() if line.startswith("reports/tiny/look/")}
+    assert shown >= {f"reports/tiny/look/{name}" for name in ("page.html", "table.md")}
+    assert {path.name for path in look.iterdir()} - {Path(line).name for line in shown} == {
+        "notes.txt"
+    }
+    assert "orders.png" not in text
 
 
 def test_reports_of_other_data_are_refused_before_anything_is_computed(copy):
