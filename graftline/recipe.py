@@ -68,7 +68,9 @@ class BackboneSettings(Part):
     )
     system_prompt: str = Field("", description="text of the chat template's system turn")
     attention: Literal["auto", "eager", "sdpa"] = Field(
-        "auto", description="auto: grouped matrix products on CPU (faster there), sdpa on a GPU"
+        "auto",
+        description="auto: grouped matrix products on CPU (faster there), on a GPU sdpa where the "
+        "LLM has it",
     )
     size: BackboneSize | None = Field(
         None, description="what a plan assumes before the weights are here; changes no result"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,7 +29,10 @@ def open_backbone(
         place: where its weights go, if not there.
     """
     if attention == "auto":
-        attention = attention_for(folder, device)
+        chosen = attention_for(folder, device)
+        # Asked for by name, `sdpa` is refused by architectures without it (gemma2, gpt_oss); asked
+        # for nothing, `transformers` takes it where there is one, else `eager`.
+        attention = cast(str, None) if chosen == "sdpa" else chosen
     stored = DTYPES[precision]
     dtype = computing_dtype(stored, device)
     model, tokenizer = load_backbone(folder, dtype, attention, place or device)
