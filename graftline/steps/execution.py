@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -94,7 +95,10 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
         shared &= step.kind != "features" or machine.feature_shares == 1
         run = carry_out_together if shared else RUNNERS[step.kind]
         with track(step.title, 1) if step.kind in _AT_ONCE else nullcontext() as advance:
-            run(Work(step, parents, machine, folder, out))
+            try:
+                run(Work(step, parents, machine, folder, out))
+            finally:
+                _free_gpu()
             if advance is not None:
                 advance()
         _record_seconds(out / TIMING, time.monotonic() - started, earlier)
@@ -120,6 +124,16 @@ def begin_session(folder: Path) -> float:
         earlier = before["earlier"] + max(0.0, max(saved, default=0.0) - before["begun"])
     atomic_write_text(file, json.dumps({"begun": now, "earlier": earlier}))
     return earlier
+
+
+def _free_gpu() -> None:
+    """Gives memory back that torch keeps for this process's next step.
+
+    With `execution.processes` the next one may be computed by others, which need it.
+    """
+    if torch.cuda.is_initialized():
+        gc.collect()  # models hold themselves in cycles
+        torch.cuda.empty_cache()
 
 
 def _found(store: Store, role: str, parent: Reference) -> Artifact | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from graftline.data.examples import ROWS
@@ -15,9 +18,9 @@ from graftline.errors import GraftlineError
 from graftline.planning.run import plan_run
 from graftline.settings.reading import load_recipe
 from graftline.steps import execution, realigning
-from graftline.steps.execution import RUNNERS
+from graftline.steps.execution import RUNNERS, execute
 from graftline.steps.work import Machine, Work, realign_settings
-from graftline.store import Artifact
+from graftline.store import Artifact, Store
 
 TINY = Path(__file__).resolve().parents[3] / "params/tiny.yaml"
 FILES = {name: dict.fromkeys(("train", "validation", "test"), "0") for name in ("image", "audio")}
@@ -95,3 +98,30 @@ def test_a_merge_that_changes_what_was_not_trained_is_not_published(
     (tmp_path / "bad").mkdir()
     with pytest.raises(GraftlineError, match=r"changed model.embed_tokens.weight \(1 such\)"):
         RUNNERS[step.kind](Work(step, parents, Machine(tmp_path), tmp_path, tmp_path / "bad"))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_leaves_no_memory_of_a_gpu_taken(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    given_back = []
+
+    def compute(work: Work) -> None:
+        layer = torch.nn.Linear(2, 2)
+        layer.register_forward_hook(layer.forward)  # a cycle, as of a routed model
+        held.append(weakref.ref(layer.weight))
+        del layer
+        if fails:
+            raise GraftlineError("no")
+        (work.out / "backbone").mkdir()
+        (work.out / "backbone/config.json").write_text("{}", encoding="utf-8")
+
+    monkeypatch.setitem(RUNNERS, "backbone", compute)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(held[-1]() is None))
+    plan = plan_run(load_recipe(TINY, {"order": ["image", "audio"]}), FILES)
+    step = next(each for each in plan.steps.values() if each.kind == "backbone")
+    with pytest.raises(GraftlineError, match="no") if fails else nullcontext():
+        execute(step, Store(tmp_path), Machine(tmp_path, "cpu"))
+    assert given_back == [True]
