@@ -200,7 +200,9 @@ class ExecutionSettings(Part):
     where: Literal["here", "workers"] = Field(
         "here", description="workers: steps go out to the machines of the Prefect work pool"
     )
-    slots: int = Field(1, ge=1, description="steps at once; on CPU they share its cores")
+    slots: int = Field(
+        1, ge=1, description="steps at once; on CPU they share its cores, on one GPU they share it"
+    )
     fine_tunings: int = Field(1, ge=1, description="how many of them may fine-tune: memory")
     processes: int = Field(1, ge=1, description="how many train one step together, a GPU each")
     shard: bool = Field(
