@@ -27,8 +27,10 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)
 	$(BIN)/graftline run params/starter.yaml
 
-# Two files of tests at a time, a thread each: more threads than cores slow each other down.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# Two files of tests at a time, a thread each: more threads than cores slow each other down. On CPU,
+# whose bits the tests compare: `.venv/bin/python -m pytest -m gpu`, called directly, sees the GPU.
+ON_CPU := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := $(ON_CPU) --numprocesses 2 --dist loadfile
 
 test: $(STAMP)
 	$(PYTEST) --ignore tests/cluster
@@ -38,7 +40,7 @@ test-fast: $(STAMP)
 
 # Its servers and workers want the machine for themselves.
 test-cluster: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(TRY)
+	$(ON_CPU) tests/cluster $(TRY)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

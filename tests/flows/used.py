@@ -47,7 +47,8 @@ def medium(modality, number=0):
 def logits_of(loaded, batches, **_settings):
     """Stands for `answer_batches`: what the model would say next. The tiny one's words are none."""
     found = {}
-    for places, batch in batches:
+    for places, given in batches:
+        batch = given.to(loaded.model.device)
         positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
         with torch.inference_mode(), routed(loaded.model.backbone, batch.modality_ids):
             logits = loaded.model.backbone(
