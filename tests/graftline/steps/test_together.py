@@ -55,14 +55,27 @@ CASES: dict[str, tuple[str, str, bool, dict[str, object]]] = {
 }
 
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs are here"),
+        ],
+    ),
+]
+
+
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("device", DEVICES)
 def test_two_processes_learn_what_one_learns(
-    case: str, tmp_path: Path, tiny_folder: Path, features_folder: Path
+    device: str, case: str, tmp_path: Path, tiny_folder: Path, features_folder: Path
 ) -> None:
     method, kind, shard, changes = CASES[case]
     run = planned(method, **{**SETTINGS, **changes})
     step = [each for each in run.steps.values() if each.kind == kind][-1]
-    inputs, machine = (tiny_folder, features_folder), Machine(tmp_path, "cpu")
+    inputs, machine = (tiny_folder, features_folder), Machine(tmp_path, device)
     alone, both = (
         execute(step, _prepared(run, step, tmp_path / str(processes), inputs), machine).folder
         for processes, machine in enumerate(
