@@ -19,7 +19,7 @@ from graftline.evaluation.answering import answer_batches
 from graftline.model.encoders import Encoder
 from graftline.model.loading import LoadedModel, read_record
 from graftline.model.multimodal import collate
-from graftline.model.opening import device_named
+from graftline.model.opening import device_named, keep_convolutions_in_float32
 from graftline.model.prompts import EncodedPrompt, PromptEncoder
 from graftline.recipe import KINDS
 
@@ -135,6 +135,7 @@ class Asker:
     def _encoder(self, modality: str) -> Encoder:
         if modality not in self._encoders:
             place = device_named(self._device)
+            keep_convolutions_in_float32()
             encoder = open_encoder(self.parts.encoders[modality], place)
             if isinstance(encoder, ArrayEncoder):
                 shape = read_record(self.parts.connectors[modality], modality).shape

@@ -54,3 +54,12 @@ def device_named(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def keep_convolutions_in_float32() -> None:
+    """Has a GPU compute encoders' float32 convolutions as a CPU does.
+
+    By itself torch takes TensorFloat-32 for them, with 10 bits of mantissa: features would be 1e-3
+    apart under one fingerprint.
+    """
+    torch.backends.cudnn.allow_tf32 = False

@@ -22,6 +22,7 @@ from graftline.encoders import open_encoder
 from graftline.encoders.arrays import compute_array_features
 from graftline.errors import GraftlineError
 from graftline.model.clips import for_any_length
+from graftline.model.opening import keep_convolutions_in_float32
 from graftline.planning.plan import Step
 from graftline.progress import track
 from graftline.steps.imports import OwnRows
@@ -118,6 +119,7 @@ def _rows_step(step: Step) -> Step:
 
 def _encoder(work: Work) -> Any:
     described, device = work.step.parameters["encoder"], work.machine.torch_device
+    keep_convolutions_in_float32()
     return for_any_length(open_encoder(described, device))
 
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from graftline.asking.asker import Asker
+from graftline.asking.media import Medium
+from graftline.asking.parts import Parts
 from graftline.data import shares
 from graftline.errors import GraftlineError
 from graftline.planning.plan import Step
@@ -146,3 +151,18 @@ def test_rows_that_changed_are_not_published(
     file.write_bytes((tmp_path / "data/point_cloud/train.parquet").read_bytes())
     with pytest.raises(GraftlineError, match=r"point_cloud/test.parquet changed while"):
         publish_rows(step, elsewhere(url), Machine(tmp_path / "data"))
+
+
+def test_features_are_computed_and_asked_for_in_float32(
+    tmp_path: Path, step: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of torch's own accord a GPU's convolutions would be in TensorFloat-32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    execute(step, Store(tmp_path / "alone"), Machine(tmp_path / "data", "cpu"))
+    assert not torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    name, nowhere = "point_cloud", Path("nowhere")
+    encoders = {name: step.parameters["encoder"]}
+    asker = Asker(Parts("it", nowhere, {name: nowhere}, encoders, "float32", "auto", "", 4), "cpu")
+    asker.show([Medium(name, np.eye(3, dtype=np.float32))], [nowhere])
+    assert not torch.backends.cudnn.allow_tf32
