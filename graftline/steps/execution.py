@@ -131,7 +131,7 @@ def _free_gpu() -> None:
 
     With `execution.processes` the next one may be computed by others, which need it.
     """
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         gc.collect()  # models hold themselves in cycles
         torch.cuda.empty_cache()
 
