@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from graftline.encoders import describe_encoder
 from graftline.errors import GraftlineError
@@ -14,7 +16,16 @@ from graftline.model.building import BUILDING
 from graftline.model.loading import LoadedModel, assemble, read_connector, read_record
 from graftline.model.opening import device_named, open_backbone
 from graftline.model.prompts import PromptEncoder
-from graftline.model.routing.composed import route_to_adapters, route_to_experts, route_to_masks
+from graftline.model.routing import (
+    DenseWeight,
+    LowRankWeight,
+    RoutedModel,
+    Weight,
+    routable_parameters,
+    route_backbone,
+)
+from graftline.model.routing.adapters import read_adapters
+from graftline.model.routing.composed import route_to_experts, route_to_masks
 from graftline.model.routing.router import Text
 from graftline.planning.plan import Reference
 from graftline.planning.run import RunPlan
@@ -143,13 +154,41 @@ def load_parts(parts: Parts, device: str = "auto") -> LoadedModel:
         pairs.append((record, read_connector(folder, record)))
     loaded = assemble(backbone, pairs, parts.system_prompt)
     if parts.adapters:
-        return route_to_adapters(loaded, parts.adapters, parts.text)
+        return _routed_to_adapters(loaded, parts)
     if parts.experts:
         return route_to_experts(loaded, parts.experts, parts.text)
     if parts.base is not None:
         connectors = list(parts.connectors)
         return route_to_masks(loaded, connectors, parts.backbone, parts.base, parts.text)
     return loaded
+
+
+def _routed_to_adapters(loaded: LoadedModel, parts: Parts) -> LoadedModel:
+    """What `route_to_adapters` does, with adapters that a machine of another dtype wrote, too.
+
+    They are stored in the dtype in which theta_0 was computed there (`computing_dtype`).
+    """
+    backbone, numbers = loaded.model.backbone, loaded.model.modality_numbers
+    starts = {name: backbone.get_parameter(name).detach() for name in routable_parameters(backbone)}
+    variants = {
+        numbers[modality]: {
+            name: _computed_like(starts[name], weight)
+            for name, weight in read_adapters(folder, starts).items()
+        }
+        for modality, folder in parts.adapters.items()
+        if modality in numbers
+    }
+    route_backbone(backbone, variants, text=parts.text)
+    return replace(loaded, model=RoutedModel.around(loaded.model).eval())
+
+
+def _computed_like(start: Tensor, weight: Weight) -> Weight:
+    """An adapter's weight in the dtype of theta_0's parameter."""
+    if isinstance(weight, LowRankWeight):
+        return replace(weight, down=weight.down.to(start.dtype), up=weight.up.to(start.dtype))
+    if isinstance(weight, DenseWeight):
+        return replace(weight, weight=weight.weight.to(start.dtype))
+    return weight
 
 
 def read_tokenizer(backbone: Path) -> Any:

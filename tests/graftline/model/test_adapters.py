@@ -8,7 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from graftline.asking.parts import Parts, load_parts
+from graftline.model import opening, precision
 from graftline.model.backbone import load_backbone
+from graftline.model.loading import save_connector
+from graftline.model.multimodal import collate
+from graftline.model.opening import open_backbone
+from graftline.model.prompts import MediaSlot
 from graftline.model.routing import LowRankWeight, routable_parameters
 from graftline.model.routing.adapters import low_rank, read_adapters, write_adapters
 from graftline.model.routing.composed import route_to_adapters, route_to_experts
@@ -95,3 +101,36 @@ def test_text_meets_the_llm_that_nothing_has_changed(tiny_folder, experts, adapt
     base = load_file(tiny_folder / "model.safetensors")
     for key, layer in routed_layers(kept).items():
         torch.testing.assert_close(layer.layer.weight.detach(), base[f"{key}.weight"].float())
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["made-in-bfloat16", "made-in-float32"])
+def test_adapters_are_asked_where_another_dtype_is_fast(
+    fast: bool, tiny_folder, experts, adapters, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(precision, "_cpu_multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr(opening, "products_are_faster_wide", lambda *_: False)
+    made, _ = open_backbone(tiny_folder, "bfloat16", "eager", "cpu")
+    made_in = torch.bfloat16 if fast else torch.float32
+    for name, expert in experts.items():
+        write_adapters(made, expert, RANK, adapters[name])
+        stored = load_file(adapters[name] / "adapters.safetensors")
+        assert {value.dtype for value in stored.values()} == {made_in}
+    two = load_two(tiny_folder)
+    for name in NAMES:
+        save_connector(tmp_path, two.records[name], two.model.connectors[name])
+    connectors = dict.fromkeys(NAMES, tmp_path)
+    parts = Parts("it", tiny_folder, connectors, {}, "bfloat16", "eager", "", 4, adapters=adapters)
+    monkeypatch.setattr(precision, "_cpu_multiplies_bfloat16", lambda: not fast)
+    loaded = load_parts(parts, "cpu")
+    number = loaded.model.modality_numbers["audio"]
+    whole = load_file(experts["audio"] / "model.safetensors")
+    for key, layer in routed_layers(loaded).items():
+        found = layer._weights[number].dense()
+        assert found.dtype == loaded.model.backbone.dtype != made_in
+        torch.testing.assert_close(
+            found.float(), whole[f"{key}.weight"].float(), rtol=0.02, atol=4e-3
+        )
+    prompt = loaded.prompts.encode([MediaSlot("audio"), "What?"], "red")
+    with torch.inference_mode():
+        loss = loaded.model(collate([prompt], [[torch.randn(3, 8)]], loaded.prompts.pad_id))
+    assert loss.isfinite()
