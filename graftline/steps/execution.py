@@ -51,6 +51,7 @@ from graftline.steps.work import (
     phase_settings,
     realign_settings,
     seen_share,
+    set_pieces,
 )
 from graftline.store import Artifact, Store
 from graftline.team import current
@@ -88,6 +89,7 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
     def build(out: Path) -> None:
         started = time.monotonic()
         torch.set_num_threads(machine.threads)
+        set_pieces(machine.torch_device)
         folder = store.work_folder(step.kind, fingerprint)
         # Of a shared store, checkpoints may be another machine's, and their times the copies'.
         earlier = 0.0 if isinstance(store, SharedStore) else begin_session(folder)

@@ -27,7 +27,7 @@ from graftline.errors import GraftlineError
 from graftline.planning.plan import TOGETHER, Reference, Step
 from graftline.progress import relayed, replayed
 from graftline.steps.supervised import start_child, stop_child, when_parent_ends
-from graftline.steps.work import Machine, Work
+from graftline.steps.work import Machine, Work, set_pieces
 from graftline.store import Artifact
 from graftline.team import Team, joined
 
@@ -168,6 +168,7 @@ def _take_part(request: Mapping[str, Any], say: Any) -> None:
     if on_gpus:
         torch.cuda.set_device(team.rank)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    set_pieces("cuda" if on_gpus else "cpu")
     torch.distributed.init_process_group(
         "nccl" if on_gpus else "gloo",
         init_method=f"file://{request['meeting']}",

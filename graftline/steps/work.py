@@ -18,9 +18,11 @@ from graftline.planning.plan import Step
 from graftline.recipe import PhaseSettings, Recipe
 from graftline.store import Artifact
 from graftline.team import current
-from graftline.training import phases
+from graftline.training import elastic, optimizer, phases
 
 CORES = torch.get_num_threads()
+_ON_CPU, _ON_GPU = optimizer.PIECE, 1 << 26
+"""Elements that are updated together: on a GPU as a rule a whole parameter, at most 256 MB."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,15 @@ class Work:
             for role, artifact in self.parents.items()
             if role.startswith(f"{prefix}.")
         }
+
+
+def set_pieces(device: str) -> None:
+    """Has this process train in pieces that suit a device.
+
+    Those of a CPU fit in a core's cache. On a GPU they would be hundreds of tiny kernels a step, or
+    thousands. Each element is updated by itself, so weights do not depend on it.
+    """
+    optimizer.PIECE = elastic.PIECE = _ON_CPU if torch.device(device).type == "cpu" else _ON_GPU
 
 
 def call_of(work: Work) -> phases.Call:

@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 
 PIECE = 1 << 18
 """Elements that are updated together: their gradient, weight and moments fit in a core's cache."""
+# Of a CPU: `graftline.steps.work.set_pieces` sets more on a GPU.
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from graftline.planning.run import plan_run
 from graftline.settings.reading import load_recipe
 from graftline.steps import execution, realigning
 from graftline.steps.execution import RUNNERS, execute
-from graftline.steps.work import Machine, Work, realign_settings
+from graftline.steps.work import Machine, Work, realign_settings, set_pieces
 from graftline.store import Artifact, Store
+from graftline.training import elastic, optimizer
 
 TINY = Path(__file__).resolve().parents[3] / "params/tiny.yaml"
 FILES = {name: dict.fromkeys(("train", "validation", "test"), "0") for name in ("image", "audio")}
@@ -125,3 +126,17 @@ def test_a_step_leaves_no_memory_of_a_gpu_taken(
     with pytest.raises(GraftlineError, match="no") if fails else nullcontext():
         execute(step, Store(tmp_path), Machine(tmp_path, "cpu"))
     assert given_back == [True]
+
+
+def test_a_step_trains_in_pieces_that_suit_its_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit_a_cache = optimizer.PIECE
+    for module in (optimizer, elastic):
+        monkeypatch.setattr(module, "PIECE", module.PIECE)  # as it was, afterwards
+    set_pieces("cuda:1")
+    assert optimizer.PIECE == elastic.PIECE > 100 * fit_a_cache
+    plan = plan_run(load_recipe(TINY, {"order": ["image", "audio"]}), FILES)
+    step = next(each for each in plan.steps.values() if each.kind == "backbone")
+    execute(step, Store(tmp_path), Machine(tmp_path, "cpu"))
+    assert optimizer.PIECE == elastic.PIECE == fit_a_cache

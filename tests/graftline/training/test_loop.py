@@ -11,6 +11,7 @@ from graftline.data.examples import ExampleSet, TrainingSet, replay_rows
 from graftline.data.features import FeatureTable
 from graftline.model.loading import assemble, new_connector
 from graftline.recipe import PhaseSettings
+from graftline.training import optimizer
 from graftline.training.loop import BrokenCheckpoint, NotFinite, rate_factor, train
 from graftline.training.optimizer import MasterAdamW, ParameterGroup
 
@@ -42,6 +43,27 @@ def test_master_adamw_equals_torch_adamw_in_float32() -> None:
         reference.step()
     for left, right in zip(mine.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(left, right, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_change_no_weight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of whole vectors, that is: a lone element's multiply-add may round twice."""
+    learned = []
+    for piece in (1 << 26, 1 << 9, 1 << 6):
+        monkeypatch.setattr(optimizer, "PIECE", piece)
+        generator = torch.Generator().manual_seed(0)
+        weights = [
+            nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+            for shape in ((50, 41), (7,), (1000,))
+        ]
+        ours = MasterAdamW([ParameterGroup("all", weights, 1e-2)], 0.1, clip_norm=1.0)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator).to(dtype)
+            ours.step(1.0)
+        learned.append({**ours.state(), **dict(enumerate(weights))})
+    for other in learned[1:]:
+        assert all(value.equal(learned[0][name]) for name, value in other.items())
 
 
 def test_small_updates_are_not_lost_in_bf16() -> None:
