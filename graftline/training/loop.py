@@ -49,10 +49,11 @@ def train(
     work: Path,
     label: str,
 ) -> History:
-    """Trains `groups` in place; a killed call, made again, ends in the same bits.
+    """Trains `groups` in place; a killed call, made again, ends in the same bits on CPU.
 
     The batch of a step is a pure function of the step, and nothing else is random, so a
-    checkpoint is the optimiser's state and the history.
+    checkpoint is the optimiser's state and the history. On a GPU, whose sums have no fixed order
+    (attention's backward pass), it ends there up to rounding.
 
     Args:
         model: the model; parameters outside `groups` stay as they are.
