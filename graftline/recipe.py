@@ -196,7 +196,7 @@ class EvaluationSettings(Part):
 class ExecutionSettings(Part):
     """Where and how wide a run executes; does not change what is computed."""
 
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
     where: Literal["here", "workers"] = Field(
         "here", description="workers: steps go out to the machines of the Prefect work pool"
     )

@@ -48,8 +48,7 @@ def recipe_problems(
                 f"take {modality} out of order"
             )
     problems += [*_connector_problems(recipe), *_rule_problems(recipe)]
-    here = recipe.execution.where == "here"
-    return [*problems, *(device_problems(recipe.execution.device) if here else [])]
+    return problems + (_run_device_problems(recipe) if recipe.execution.where == "here" else [])
 
 
 def require_possible(
@@ -87,6 +86,15 @@ def device_problems(name: str, where: str = "execution.device") -> list[str]:
         reason = str(error).splitlines()[0]
         return [f"{where}: {name} cannot be used here ({reason}); auto takes what is here"]
     return []
+
+
+def _run_device_problems(recipe: Recipe) -> list[str]:
+    name = recipe.execution.device
+    if name.partition(":")[0] == "mps":
+        return [
+            f"execution.device: {name} has no float64, in which connectors are fitted; take cpu"
+        ]
+    return device_problems(name)
 
 
 def require_device(name: str, where: str = "execution.device") -> None:

@@ -103,7 +103,9 @@ def set_pieces(device: str) -> None:
     Those of a CPU fit in a core's cache. On a GPU they would be hundreds of tiny kernels a step, or
     thousands. Each element is updated by itself, so weights do not depend on it.
     """
-    optimizer.PIECE = elastic.PIECE = _ON_CPU if torch.device(device).type == "cpu" else _ON_GPU
+    pieces = _ON_CPU if torch.device(device).type == "cpu" else _ON_GPU
+    optimizer.PIECE = pieces
+    elastic.PIECE = pieces  # type: ignore[attr-defined]  # it imported the number
 
 
 def call_of(work: Work) -> phases.Call:

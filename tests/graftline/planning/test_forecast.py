@@ -126,6 +126,11 @@ def test_all_problems_come_at_once():
     assert recipe_problems(_tiny(), FILES) == []
 
 
+def test_a_device_without_float64_is_refused_for_runs():
+    [problem] = recipe_problems(_tiny(**{"execution.device": "mps"}), FILES)
+    assert problem.startswith("execution.device: mps has no float64")
+
+
 @pytest.mark.parametrize(("name", "advised"), [("image", True), ("xray", False)])
 def test_only_the_starter_s_modalities_are_rebuilt(name, advised):
     encoder = {"encoder": "efficientnet-lite0", "media": "image"}
