@@ -11,6 +11,11 @@ from graftline.errors import GraftlineError
 PROTOCOLS = ("s3", "s3a")
 
 
+def without_credentials(text: str) -> str:
+    """A text whose URLs name no user and no password, to be shown."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 def holds_credentials(url: str) -> bool:
     """Whether a URL says who asks: `s3://id:secret@bucket/prefix`."""
     place = url.partition("://")[2]

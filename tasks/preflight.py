@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from mlflow.utils.uri import get_uri_scheme
@@ -11,6 +12,7 @@ from mlflow.utils.uri import get_uri_scheme
 from graftline.durable import nearest, why_unwritable
 from graftline.errors import GraftlineError
 from graftline.model.opening import DTYPES
+from graftline.object_urls import without_credentials
 from graftline.planning.forecast import ENCODER_SHAPES, BackboneShape, backbone_shape
 from graftline.planning.inference import feature_bytes, known_rows
 from graftline.planning.plan import Step, is_done
@@ -67,13 +69,18 @@ def check_folders(recipe: Recipe, report: Path) -> None:
         for folder, advice in wanted.items()
         if (why := why_unwritable(folder)) is not None
     ]
-    if uri and (get_uri_scheme(uri) or uri) not in _TRACKING:
+    if uri and (get_uri_scheme(uri) or uri) not in {*_TRACKING, *_tracking_plugins()}:
+        said = without_credentials(uri)
         problems.append(
-            f"MLFLOW_TRACKING_URI: {uri} is no address that MLflow knows; for a server write "
-            f"http://{uri.rpartition('://')[2]}"
+            f"MLFLOW_TRACKING_URI: {said} is no address that MLflow knows; for a server write "
+            f"http://{said.rpartition('://')[2]}"
         )
     if problems:
         raise PreflightError("\n".join(problems))
+
+
+def _tracking_plugins() -> list[str]:
+    return [each.name for each in entry_points(group="mlflow.tracking_store")]
 
 
 def bytes_needed(plan: RunPlan, store: Store) -> int:

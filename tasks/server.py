@@ -19,6 +19,7 @@ from types import TracebackType
 
 from graftline.durable import why_unwritable
 from graftline.errors import GraftlineError
+from graftline.object_urls import without_credentials
 from graftline.steps.supervised import start_child, stop_child, when_parent_ends
 
 HOME = Path(".prefect")
@@ -55,8 +56,9 @@ def configured_url() -> str | None:
     """
     url = os.environ.get("PREFECT_API_URL") or _url_of_profile()
     if url and not url.lower().startswith(("http://", "https://")):
-        right = f"http://{url.rpartition('://')[2]}"
-        raise GraftlineError(f"PREFECT_API_URL: {url} is no address of a server; write {right}")
+        said = without_credentials(url)
+        right = f"http://{said.rpartition('://')[2]}"
+        raise GraftlineError(f"PREFECT_API_URL: {said} is no address of a server; write {right}")
     return url
 
 

@@ -26,6 +26,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from graftline.errors import GraftlineError
+from graftline.object_urls import without_credentials
 from graftline.planning.plan import Step
 from graftline.recipe import Recipe
 from tasks.journal import PROMISED, Journal, Refused
@@ -352,10 +353,9 @@ def registered_tags(name: str, alias: str | None, version: str | None) -> dict[s
                 return dict(found.tags)
             models = list(client.search_registered_models())
     except MlflowException as error:
-        raise GraftlineError(
-            f"MLFLOW_TRACKING_URI: {uri} cannot be asked ({str(error).splitlines()[0][:200]}); "
-            "start its server, or correct the address"
-        ) from error
+        said = f"MLFLOW_TRACKING_URI: {uri} cannot be asked ({str(error).splitlines()[0][:200]})"
+        advice = "start its server, or correct the address"
+        raise GraftlineError(f"{without_credentials(said)}; {advice}") from error
     known = sorted(f"{model.name}@{each}" for model in models for each in model.aliases)
     raise GraftlineError(
         f"{name}{'@' if alias else '/'}{alias or version}: no such registered model; "

@@ -167,6 +167,14 @@ def test_where_mlflow_cannot_be_asked_is_said(tmp_path, monkeypatch):
         registered_tags("tiny", "mera", None)
     with pytest.raises(GraftlineError, match="for a server write http://localhost:5000"):
         check_folders(recipe, tmp_path / "report")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgres://me:sec@ret@lab/mlflow")
+    for asked in (
+        lambda: registered_tags("tiny", "mera", None),
+        lambda: check_folders(recipe, tmp_path / "report"),
+    ):
+        with pytest.raises(GraftlineError, match="postgres://lab/mlflow") as told:
+            asked()
+        assert "ret@" not in str(told.value)
 
 
 def test_checksums_by_modality():
