@@ -128,7 +128,8 @@ def test_a_search_goes_without_references() -> None:
 @pytest.mark.parametrize("method", ["ewc", "attention-only"])
 def test_settings_that_do_not_fit_are_named_at_once(method: str) -> None:
     changes = {"method": method, "fine_tune.mode": "lora", "order": ["image", "image"]}
-    with pytest.raises(RecipeError, match=f"more than once; {method} trains.*fine_tune.mode: full"):
+    both = f"more than once\n.*{method} trains.*fine_tune.mode: full"
+    with pytest.raises(RecipeError, match=both):
         load_recipe(TINY, changes)
     with pytest.raises(RecipeError, match="evaluation.references: true"):
         load_recipe(TINY, {"method": "experts", "evaluation.references": False})
