@@ -244,10 +244,10 @@ def data_build(
     """Build the starter's data; the same bytes every time."""
     from graftline.data.build import build, directory_md5, require_replaceable
     from graftline.progress import shown
-    from tasks.data import bar
+    from tasks.data import bar, is_filled
 
     require_replaceable(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not force:
+    if is_filled(folder) and not force:
         raise GraftlineError(f"{folder} is not empty; add --force to replace it")
     with shown(console), bar() as progress:
         build(folder, progress=progress)

@@ -21,7 +21,7 @@ from graftline.planning.run import RunPlan, plan_run
 from graftline.recipe import Recipe
 from graftline.store import Store
 from graftline.stores import open_store
-from tasks.data import why_not_built
+from tasks.data import is_filled, why_not_built
 from tasks.outputs import report_folder
 from tasks.own_data import in_folder, known_data
 from tasks.preflight import bytes_needed, check_disk, check_folders
@@ -69,8 +69,7 @@ def look_ahead(recipe: Recipe, usual: Sequence[str]) -> Prospect:
     data = version.md5 if version and all(name in known for name in recipe.order) else NOT_BUILT
     splits = dict.fromkeys(("train", "validation", "test"), NOT_BUILT)
     files = {**dict.fromkeys(recipe.order, splits), **known}
-    folder = Path(recipe.data.folder)
-    built = folder.is_dir() and any(folder.iterdir())
+    built = is_filled(Path(recipe.data.folder))
     report = report_folder(recipe, usual)
     problems = [*complaints, *recipe_problems(recipe, known if built else files)]
     wanted = in_folder(recipe)

@@ -69,7 +69,7 @@ def why_not_built(folder: str, modalities: Iterable[str]) -> str | None:
     """
     place, own = Path(folder), [name for name in modalities if name not in MODALITIES]
     usual = os.path.abspath(folder) == os.path.abspath(DataSettings().folder)
-    if _is_filled(place) or (usual and not own):
+    if is_filled(place) or (usual and not own):
         return None
     problem = f"data.folder: {folder}: "
     problem += "is empty" if place.is_dir() else "there is no such folder"
@@ -84,7 +84,8 @@ def why_not_built(folder: str, modalities: Iterable[str]) -> str | None:
     return problem + (f"; `dvc pull {source}` fetches what it records" if source.exists() else "")
 
 
-def _is_filled(folder: Path) -> bool:
+def is_filled(folder: Path) -> bool:
+    """Whether a folder is there and holds anything."""
     return folder.is_dir() and any(folder.iterdir())
 
 
@@ -103,7 +104,7 @@ def build_data(folder: str, store: str, modalities: Iterable[str] = MODALITIES) 
     """
     target = _named(Path(folder))
     with _one_at_a_time(store):
-        if _is_filled(target):
+        if is_filled(target):
             return False
         if problem := why_not_built(folder, modalities):
             raise GraftlineError(problem)
@@ -175,7 +176,7 @@ def known_version(folder: str) -> DataVersion | None:
         GraftlineError: the `.dvc` file is damaged.
     """
     target, source = Path(folder), pointer(Path(folder))
-    if _is_filled(target):
+    if is_filled(target):
         sums = building.checksums(target)
         return DataVersion(folder, building.listing_md5(sums), building.by_modality(sums), folder)
     if source.exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import resource
@@ -36,7 +35,7 @@ from graftline.steps.results import collect
 from graftline.store import Store
 from graftline.stores import open_store
 from tasks import tracking
-from tasks.outputs import EXPORTED, pictures
+from tasks.outputs import EXPORTED, pictures, read_object
 from tasks.references import DataVersion, Place
 
 _log = logging.getLogger(__name__)
@@ -310,11 +309,7 @@ def _matrix_rows(folder: Path, order: list[str]) -> str:
 
 def metrics_in(folder: Path) -> dict[str, Any]:
     """What a report's `metrics.json` holds; nothing if there is none."""
-    try:
-        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(folder / "metrics.json")
 
 
 def has_costs(metrics: Mapping[str, Any]) -> bool:
