@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+import graftline
+
 _GRACE_SECONDS = 3.0
 
 
@@ -29,7 +31,7 @@ def start_child(
         environment: variables on top of this process's.
         quiet: throw away what the child writes to standard error.
     """
-    paths = [str(Path(__file__).resolve().parents[1])]  # where this package was imported from
+    paths = [str(Path(graftline.__file__).resolve().parents[1])]  # where it was imported from
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     return subprocess.Popen(
         [sys.executable, *arguments],

@@ -39,6 +39,17 @@ def test_child_is_stopped():
     assert child.poll() is not None
 
 
+def test_a_child_finds_the_package_and_not_its_rooms_as_packages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    child = start_child(["-c", "import json, sys; print(json.dumps(sys.path))"])
+    assert child.stdout is not None
+    paths = json.loads(child.stdout.readline())
+    stop_child(child)
+    assert str(ROOT) in paths
+    assert str(ROOT / "graftline") not in paths
+
+
 def test_child_ends_when_its_parent_is_killed():
     parent = subprocess.Popen(
         [
