@@ -25,7 +25,8 @@ from graftline.steps.supervised import start_child, stop_child, when_parent_ends
 HOME = Path(".prefect")
 UI_PORT = 4200
 """Where `graftline ui` serves Prefect's pages unless told otherwise."""
-_START_SECONDS = 90.0
+START_SECONDS = 300.0
+"""How long a server that still runs may take to serve: on a machine with other work it does."""
 _ANSWER_SECONDS = 60.0
 _QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -138,19 +139,20 @@ class Server:
     def _line(self) -> str:
         assert self._child is not None
         assert self._child.stdout is not None
-        deadline = time.monotonic() + _START_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if select.select([self._child.stdout], [], [], 0.5)[0]:
                 if line := self._child.stdout.readline().strip():
                     return line
                 break
-        message = self._failure()
+        message = self._failure(late=time.monotonic() >= deadline)
         stop_child(self._child, 0.0)
         raise GraftlineError(message)
 
-    def _failure(self) -> str:
+    def _failure(self, late: bool = False) -> str:
+        within = f" within {START_SECONDS:.0f} s: this machine may be too busy" if late else ""
         return (
-            "Prefect's API server did not start. To see why, run "
+            f"Prefect's API server did not start{within}. To see why, run "
             f"`{Path(sys.executable).name} -m tasks.server {self.port}`; or start one yourself "
             "with `prefect server start` and set PREFECT_API_URL."
         )

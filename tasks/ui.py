@@ -19,9 +19,7 @@ from collections.abc import Callable
 from graftline.errors import GraftlineError
 from graftline.steps.supervised import start_child, stop_child, when_parent_ends
 from tasks import environment
-from tasks.server import Server
-
-_START_SECONDS = 60.0
+from tasks.server import START_SECONDS, Server
 
 
 def serve_both(mlflow_port: int, prefect_port: int, say: Callable[[str], None]) -> None:
@@ -76,7 +74,7 @@ def free_port() -> int:
 
 
 def _wait(url: str, child: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + _START_SECONDS
+    deadline = time.monotonic() + START_SECONDS
     while child.poll() is None and time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(url, timeout=2):  # noqa: S310

@@ -12,6 +12,7 @@ import pytest
 from flows.cli_lab import deploy
 from graftline.durable import why_unwritable
 from graftline.errors import GraftlineError
+from graftline.steps.supervised import start_child
 from tasks import server
 from tasks.ui import free_port
 
@@ -89,6 +90,24 @@ def test_where_prefect_cannot_write_is_named_before_it_is_started(tmp_path, monk
     ):
         pass
     monkeypatch.delenv("PREFECT_HOME", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("child", "told"),
+    [
+        ("import time; time.sleep(60)", r"did not start within 1 s: this machine may be too busy"),
+        ("raise SystemExit(1)", r"did not start\. To see why"),
+    ],
+)
+def test_a_server_that_is_slow_is_told_from_one_that_ends(tmp_path, monkeypatch, child, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    monkeypatch.setenv("PREFECT_PROFILES_PATH", str(tmp_path / "none.toml"))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(server, "START_SECONDS", 1.0 if "sleep" in child else 300.0)
+    monkeypatch.setattr(server, "start_child", lambda *_: start_child(["-c", child], {}))
+    with pytest.raises(GraftlineError, match=told), server.Server():
+        pass
 
 
 def test_a_disk_that_takes_an_empty_file_alone_is_full(tmp_path):
