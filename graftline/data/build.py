@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import yaml
 
+from graftline import durable
 from graftline.data import images, point_clouds, sounds, videos
 from graftline.data.parts import Progress
 from graftline.data.rows import MODALITIES, SPLITS, Row, as_columns, schema, split_file
@@ -20,7 +19,7 @@ from graftline.errors import GraftlineError
 
 DEFAULT_SIZES = {"train": 3200, "validation": 240, "test": 400}
 DEFAULT_SEED = 1
-Generate = Callable[[Mapping[str, int], int, Path | None], dict[str, list[Row]]]
+Generate = Callable[[Mapping[str, int], int], dict[str, list[Row]]]
 GENERATORS: dict[str, Generate] = {
     "image": images.generate,
     "audio": sounds.generate,
@@ -40,7 +39,6 @@ def build(
     sizes: Mapping[str, int] | None = None,
     seed: int = DEFAULT_SEED,
     progress: Progress | None = None,
-    cache: Path | None = None,
 ) -> None:
     """Build the data of all modalities; the folder appears complete or not at all.
 
@@ -49,7 +47,6 @@ def build(
         sizes: Rows of each split, the same for each modality; `DEFAULT_SIZES` when None.
         seed: Seed of all random choices; the same seed gives the same bytes.
         progress: Called before each modality and at the end.
-        cache: Folder of cached parts.
 
     Raises:
         GraftlineError: A part is missing or damaged, a size is wrong, something lies in the
@@ -61,15 +58,14 @@ def build(
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        temporary = _sibling(target)
+        durable.sweep_siblings(target)
+        temporary = durable.temporary_sibling(target)
         for done, (modality, generate) in enumerate(GENERATORS.items()):
             if progress is not None:
                 progress(f"build {modality}", done, len(GENERATORS))
-            for split, rows in generate(wanted, seed, cache).items():
+            for split, rows in generate(wanted, seed).items():
                 _write(rows, split_file(temporary, modality, split))
-        temporary.chmod(0o755)
-        _sync_folders(temporary)
+        durable.fsync_tree(temporary)
         _swap(temporary, target)
     except OSError as error:
         raise GraftlineError(
@@ -78,36 +74,13 @@ def build(
         ) from error
     finally:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            durable.remove(temporary)
     if progress is not None:
         progress("build", len(GENERATORS), len(GENERATORS))
 
 
-def _sibling(target: Path) -> Path:
-    """Make a temporary folder beside a folder; its name tells the process that owns it."""
-    return Path(tempfile.mkdtemp(prefix=f".{target.name}-{os.getpid()}-", dir=target.parent))
-
-
-def _sweep(target: Path) -> None:
-    """Remove what killed builds of this machine left beside a folder."""
-    for path in target.parent.glob(f".{target.name}-*-*"):
-        process = path.name.removeprefix(f".{target.name}-").split("-")[0]
-        if process.isdigit() and not _is_alive(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
 def _write(rows: list[Row], path: Path) -> None:
-    """Write rows as parquet whose bytes depend on the rows alone, and flush them to disk.
+    """Write rows as parquet whose bytes depend on the rows alone.
 
     `Dataset.to_parquet` fixes its compression; the table of the `Dataset` is written instead,
     with the features that `datasets` reads back in its metadata.
@@ -130,17 +103,6 @@ def _write(rows: list[Row], path: Path) -> None:
             compression_level=3,
             use_dictionary=["task", "question"],
         )
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folders(folder: Path) -> None:
-    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def require_replaceable(folder: Path) -> None:
@@ -179,7 +141,7 @@ def _swap(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.replace(temporary, target)
         return
-    old = _sibling(target) / "old"
+    old = durable.temporary_sibling(target)
     os.replace(target, old)
     try:
         os.replace(temporary, target)
@@ -187,7 +149,7 @@ def _swap(temporary: Path, target: Path) -> None:
         os.replace(old, target)
         raise
     finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+        durable.remove(old)
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -248,12 +210,7 @@ def record_files(folder: Path, data_dvc: Path) -> str:
         )
     content = yaml.safe_load(data_dvc.read_text(encoding="utf-8"))
     content["meta"] = {**(content.get("meta") or {}), "files": sums}
-    temporary = data_dvc.with_name(f".{data_dvc.name}.tmp")
-    try:
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-        os.replace(temporary, data_dvc)
-    except OSError as error:
-        raise GraftlineError(f"cannot write {data_dvc}: {error}; make it writable") from error
+    durable.atomic_write_text(data_dvc, yaml.safe_dump(content, sort_keys=False))
     return expected
 
 

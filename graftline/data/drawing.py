@@ -84,12 +84,11 @@ class Digits:
     Args:
         modality: `image` or `video`: each has its own half of the digits.
         seed: Which digits belong to which half and split.
-        cache: Folder of cached parts.
     """
 
-    def __init__(self, modality: Literal["image", "video"], seed: int, cache: Path | None) -> None:
+    def __init__(self, modality: Literal["image", "video"], seed: int) -> None:
         self._modality = modality
-        self._pictures, labels = _read_digits(fetch(MNIST_5K, cache))
+        self._pictures, labels = _read_digits(fetch(MNIST_5K))
         self._free: list[list[int]] = []
         self._training: list[list[int]] = [[] for _ in range(10)]
         for digit in range(10):

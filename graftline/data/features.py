@@ -62,7 +62,7 @@ def compute_features(
     Only one batch is held in memory at a time.
 
     Args:
-        rows: a ``datasets`` dataset with the columns ``id`` and ``media``.
+        rows: what slices to the columns ``id`` and ``media``, as ``SplitRows`` does.
         modality: how the media are encoded.
         encoder: the frozen encoder.
         out_folder: where to write; made if absent.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,15 +48,12 @@ def paint(digit: NDArray[np.uint8], ink: str, paper: str) -> NDArray[np.uint8]:
     return mixed.astype(np.uint8)
 
 
-def generate(
-    split_sizes: Mapping[str, int], seed: int, cache: Path | None = None
-) -> dict[str, list[Row]]:
+def generate(split_sizes: Mapping[str, int], seed: int) -> dict[str, list[Row]]:
     """Generate the image rows: 64 x 64 PNG, ten digits, six pairs of ink and paper.
 
     Args:
         split_sizes: Rows of each split.
         seed: Which digit serves which row, in which colours.
-        cache: Folder of cached parts.
 
     Returns:
         The rows of each split; no digit serves two splits.
@@ -66,7 +62,7 @@ def generate(
         GraftlineError: A size is not positive, or there are not enough digits.
     """
     check_sizes(split_sizes)
-    digits = Digits("image", seed, cache)
+    digits = Digits("image", seed)
     rows: dict[str, list[Row]] = {split: [] for split in split_sizes}
     for split, size in held_out_first(split_sizes):
         for index in range(size):

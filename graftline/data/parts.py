@@ -33,7 +33,7 @@ class Part:
     """One file inside one pinned wheel.
 
     Attributes:
-        name: Short name, the key in `PARTS`.
+        name: Short name, for messages and model cards.
         package: Name of the distribution on the package index.
         version: Exact version of the distribution.
         wheel_sha256: sha256 of the wheel, hexadecimal.
@@ -102,10 +102,6 @@ TIMGM6MB = Part(
     licence="GPL-2.0",
 )
 
-PARTS: dict[str, Part] = {
-    part.name: part for part in (SMOLLM2, EFFICIENTNET_LITE0, WHISPER_TINY_EN, MNIST_5K, TIMGM6MB)
-}
-
 
 def cache_folder() -> Path:
     """Return the folder of cached parts: `$GRAFTLINE_CACHE` or `~/.cache/graftline/parts`."""
@@ -115,13 +111,11 @@ def cache_folder() -> Path:
     return Path("~/.cache/graftline/parts").expanduser()
 
 
-def fetch(part: Part, cache: Path | None = None, progress: Progress | None = None) -> Path:
+def fetch(part: Part) -> Path:
     """Return the local file of a part, downloading and checking it when it is not cached.
 
     Args:
-        part: The part, for example `PARTS["mnist-5k"]`.
-        cache: Folder of the cache; `cache_folder()` when None.
-        progress: Called before and after a download.
+        part: The part, for example `MNIST_5K`.
 
     Returns:
         Path of a file whose sha256 is `part.member_sha256`.
@@ -130,13 +124,11 @@ def fetch(part: Part, cache: Path | None = None, progress: Progress | None = Non
         GraftlineError: The cached file is damaged, pip cannot download the wheel, a sha256 does
             not match, or the cache cannot be written.
     """
-    root = cache_folder() if cache is None else cache
+    root = cache_folder()
     target = root / part.member_sha256 / part.basename
     if target.is_file():
         _check_cached(part, target)
         return target
-    if progress is not None:
-        progress(f"download {part.name}", 0, 1)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as folder:
@@ -148,8 +140,6 @@ def fetch(part: Part, cache: Path | None = None, progress: Progress | None = Non
             "it writable, or set GRAFTLINE_CACHE to another folder."
         ) from error
     _remember(target, part.member_sha256)
-    if progress is not None:
-        progress(f"download {part.name}", 1, 1)
     return target
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,15 +52,12 @@ def scan(
     return points.astype(np.float32), words
 
 
-def generate(
-    split_sizes: Mapping[str, int], seed: int, cache: Path | None = None
-) -> dict[str, list[Row]]:
+def generate(split_sizes: Mapping[str, int], seed: int) -> dict[str, list[Row]]:
     """Generate the point-cloud rows: 512 points in a binary PLY, twelve shapes.
 
     Args:
         split_sizes: Rows of each split.
         seed: The shapes' parameters.
-        cache: Not used; the generators share their arguments.
 
     Returns:
         The rows of each split; each row has its own parameters.

@@ -31,7 +31,7 @@ def box(centre: Sequence[float], size: Sequence[float]) -> Surface:
     return 2 * float(areas.sum()), draw
 
 
-def ellipsoid(centre: Sequence[float], radius: float) -> Surface:
+def sphere(centre: Sequence[float], radius: float) -> Surface:
     """Return a sphere around a centre (3,)."""
 
     def draw(rng: Random, count: int) -> Points:
@@ -115,7 +115,7 @@ def _legs(x: float, y: float, low: float, high: float, thick: float) -> list[Sur
 
 
 def _sphere(rng: Random) -> list[Surface]:
-    return [ellipsoid((0, 0, 0), 1.0)]
+    return [sphere((0, 0, 0), 1.0)]
 
 
 def _box(rng: Random) -> list[Surface]:

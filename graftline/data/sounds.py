@@ -140,15 +140,12 @@ def gate(
     return np.round(clip * level * 32767).astype(np.int16)
 
 
-def generate(
-    split_sizes: Mapping[str, int], seed: int, cache: Path | None = None
-) -> dict[str, list[Row]]:
+def generate(split_sizes: Mapping[str, int], seed: int) -> dict[str, list[Row]]:
     """Generate the audio rows: 1 s WAV at 16 kHz, twelve sounds in three registers.
 
     Args:
         split_sizes: Rows of each split.
         seed: Which notes serve which split, and how they are played.
-        cache: Folder of cached parts.
 
     Returns:
         The rows of each split; no (program, key) serves two splits.
@@ -157,7 +154,7 @@ def generate(
         GraftlineError: A size is not positive, or a split is unknown.
     """
     check_sizes(split_sizes)
-    player = Player(fetch(TIMGM6MB, cache))
+    player = Player(fetch(TIMGM6MB))
     names = list(PROGRAMS)
     rows: dict[str, list[Row]] = {split: [] for split in split_sizes}
     for split, size in split_sizes.items():

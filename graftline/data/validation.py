@@ -51,7 +51,6 @@ class _Seen:
 def validate(
     folder: Path,
     modalities: Mapping[str, str] | Sequence[str] = MODALITIES,
-    splits: Sequence[str] = SPLITS,
     progress: Progress | None = None,
 ) -> list[Problem]:
     """List all problems of a data folder.
@@ -64,7 +63,6 @@ def validate(
         folder: The data folder.
         modalities: The modalities to look at; with what their rows hold where that is not their
             name.
-        splits: The splits to look at.
         progress: Called after each file.
 
     Returns:
@@ -72,7 +70,7 @@ def validate(
     """
     problems: list[Problem] = []
     seen = _Seen()
-    files = [(name, kind, split) for name, kind in kinds_of(modalities).items() for split in splits]
+    files = [(name, kind, split) for name, kind in kinds_of(modalities).items() for split in SPLITS]
     for done, (modality, kind, split) in enumerate(files):
         if progress is not None:
             progress(f"validate {modality}/{split}", done, len(files))
@@ -86,7 +84,6 @@ def validate(
 def require_valid(
     folder: Path,
     modalities: Mapping[str, str] | Sequence[str] = MODALITIES,
-    splits: Sequence[str] = SPLITS,
     progress: Progress | None = None,
 ) -> None:
     """Stop when a data folder has problems; see `validate`.
@@ -94,7 +91,7 @@ def require_valid(
     Raises:
         GraftlineError: Lists the problems by file and row.
     """
-    problems = validate(folder, modalities, splits, progress)
+    problems = validate(folder, modalities, progress)
     if problems:
         lines = [str(problem) for problem in problems[:_LONGEST_LIST]]
         if len(problems) > _LONGEST_LIST:

@@ -7,7 +7,6 @@ LSTMs", 2015), with one digit and a straight way.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,19 +74,12 @@ def kind_of(index: int) -> tuple[int, str]:
     return turn % len(wording.DIGITS), wording.DIRECTIONS[direction]
 
 
-def generate(
-    split_sizes: Mapping[str, int],
-    seed: int,
-    cache: Path | None = None,
-    question: wording.VideoQuestion = wording.VIDEO_QUESTION,
-) -> dict[str, list[Row]]:
+def generate(split_sizes: Mapping[str, int], seed: int) -> dict[str, list[Row]]:
     """Generate the video rows: animated PNG, 6 frames of 64 x 64, ten digits, eight directions.
 
     Args:
         split_sizes: Rows of each split.
         seed: Which digit serves which row, and how it moves.
-        cache: Folder of cached parts.
-        question: Ask for digit and direction, or for the direction alone.
 
     Returns:
         The rows of each split; no digit serves two splits.
@@ -96,7 +88,7 @@ def generate(
         GraftlineError: A size is not positive, or there are not enough digits.
     """
     check_sizes(split_sizes)
-    digits = Digits("video", seed, cache)
+    digits = Digits("video", seed)
     rows: dict[str, list[Row]] = {split: [] for split in split_sizes}
     for split, size in held_out_first(split_sizes):
         for index in range(size):
@@ -107,7 +99,7 @@ def generate(
             picture, source = digits.take(digit, split)
             frames = film(picture, direction, speed, (int(shift[0]), int(shift[1])))
             media = encode_animated_png(frames, FRAME_MILLISECONDS)
-            asked = wording.video_question(question, digit, direction)
+            asked = (wording.DIRECTION_QUESTION, direction)
             captions = (wording.CAPTION, wording.video_captions(digit, direction, speed))
             rows[split].append(make_row("video", split, index, media, source, asked, captions))
     return rows

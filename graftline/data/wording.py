@@ -6,13 +6,8 @@ what the answer is about. That is where forgetting shows.
 
 from __future__ import annotations
 
-from typing import Literal
-
-VideoQuestion = Literal["digit and direction", "direction"]
-
 QUESTION = "What is this?"
 CAPTION = "Describe this."
-VIDEO_QUESTION: VideoQuestion = "direction"
 DIRECTION_QUESTION = "Where does it go?"
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -50,13 +45,6 @@ def audio_captions(name: str, register: str, length: str) -> list[str]:
         sentence(f"{with_article(name)}, {register} and {length}"),
         sentence(f"{with_article(length)} and {register} {name}"),
     ]
-
-
-def video_question(kind: VideoQuestion, digit: int, direction: str) -> tuple[str, str]:
-    """Return the question of a video and its answer."""
-    if kind == "direction":
-        return DIRECTION_QUESTION, direction
-    return QUESTION, f"{DIGITS[digit]} moving {direction}"
 
 
 def video_captions(digit: int, direction: str, speed: str) -> list[str]:

@@ -50,7 +50,7 @@ class ArrayEncoder:
         """Checks arrays and stacks them.
 
         Args:
-                media: float16 or float32 (tokens, width) each.
+            media: float16 or float32 (tokens, width) each.
 
         Returns:
             (batch, tokens, width) float32 on the CPU.
@@ -101,7 +101,7 @@ def compute_array_features(
     fingerprint; so this stands beside it.
 
     Args:
-        rows: a `datasets` dataset with the columns `id` and `media` (npy bytes).
+        rows: what slices to the columns `id` and `media` (npy bytes), as `SplitRows` does.
         modality: not used; arrays are arrays.
         encoder: the frozen encoder.
         out_folder: where to write; made if absent.

@@ -18,6 +18,7 @@ from graftline.data.build import (
     record_files,
     verify,
 )
+from graftline.durable import host_token
 from graftline.errors import GraftlineError
 
 
@@ -71,11 +72,13 @@ def test_leftovers_of_dead_builds_are_swept(data: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "GENERATORS", {"image": module.GENERATORS["image"]})
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    (data.parent / f".data-{process.pid}-x").mkdir()
-    (data.parent / f".data-{os.getppid()}-x").mkdir()
+    dead, living = (
+        f".tmp-data-{pid}-{host_token()}01234567" for pid in (process.pid, os.getppid())
+    )
+    (data.parent / dead).mkdir()
+    (data.parent / living).mkdir()
     build(data, {"test": 2})
-    names = sorted(path.name for path in data.parent.iterdir())
-    assert names == [f".data-{os.getppid()}-x", "data"]
+    assert sorted(path.name for path in data.parent.iterdir()) == [living, "data"]
 
 
 def test_a_file_in_the_folder_s_place_is_kept(tmp_path: Path, sizes: dict[str, int]) -> None:

@@ -69,7 +69,7 @@ def test_no_media_twice_and_no_source_in_two_splits(built: Path) -> None:
 
 
 def test_held_out_digits_are_handed_out_once() -> None:
-    images, films = Digits("image", 0, None), Digits("video", 0, None)
+    images, films = Digits("image", 0), Digits("video", 0)
     sources = [digits.take(3, "test")[1] for digits in (images, films) for _ in range(250)]
     assert len(set(sources)) == 500
     for split in ("test", "train"):
@@ -78,7 +78,7 @@ def test_held_out_digits_are_handed_out_once() -> None:
 
 
 def test_training_digits_come_back_in_turn_and_stay_in_training() -> None:
-    digits = Digits("image", 0, None)
+    digits = Digits("image", 0)
     held_out = {digits.take(3, split)[1] for split in ("validation", "test") for _ in range(100)}
     training = [digits.take(3, "train")[1] for _ in range(300)]
     assert len(set(training)) == 50 and training[50:100] == training[:50]
@@ -94,7 +94,7 @@ def test_held_out_splits_are_served_first_whatever_the_order_of_sizes() -> None:
 
 
 def test_digit_pictures_carry_their_labels() -> None:
-    digits = Digits("image", 0, None)
+    digits = Digits("image", 0)
     table = np.genfromtxt(fetch(MNIST_5K), delimiter=",", dtype=np.int64, usecols=784)
     for digit in range(10):
         picture, source = digits.take(digit, "train")
@@ -158,14 +158,6 @@ def test_eighty_pairs_hold_every_digit_and_direction() -> None:
     for task in (0, 1):
         kinds = [videos.kind_of(2 * pair + task) for pair in range(80)]
         assert len(set(kinds)) == 80
-
-
-def test_video_question_can_be_switched() -> None:
-    both = videos.generate({"train": 2}, 0, question="digit and direction")["train"][0]
-    alone = videos.generate({"train": 2}, 0)["train"][0]
-    assert (both.question, both.answers) == ("What is this?", ["zero moving left"])
-    assert (alone.question, alone.answers) == ("Where does it go?", ["left"])
-    assert both.media == alone.media
 
 
 def test_paint_gives_ink_and_paper() -> None:
