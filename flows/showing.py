@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from graftline.durable import atomic_write_text
 from graftline.errors import GraftlineError
 from graftline.evaluation.pictures import retention_against_storage
 from graftline.evaluation.table import csv_table, label_of, markdown_table, summarise_runs
-from tasks.outputs import pictures, read_metrics
+from tasks.outputs import matrix_rows, pictures, read_metrics
 
 
 def summary_of(folders: Sequence[Path], out: Path | None = None) -> str:
@@ -67,29 +66,10 @@ def _scores(folder: Path, metrics: dict[str, Any]) -> Table:
     table.add_column("")
     for modality in metrics["order"]:
         table.add_column(modality.replace("_", " "), justify="right")
-    for label, scores in _rows(folder):
+    for label, scores in matrix_rows(folder):
         fields = [f"{100 * scores[m]:.1f}" if m in scores else "" for m in metrics["order"]]
         table.add_row(label, *fields)
     return table
-
-
-def _rows(folder: Path) -> list[tuple[str, dict[str, float]]]:
-    """(label, modality -> mean over its tasks) of every stage and of the experts."""
-    found: dict[tuple[str, int], dict[str, list[float]]] = {}
-    with (folder / "scores.csv").open(encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream):
-            stage = int(row["stage"]) if row["point"] == "final" else 0
-            scores = found.setdefault((row["point"], stage), {})
-            scores.setdefault(row["modality"], []).append(float(row["score"]))
-    means = {
-        place: {name: sum(values) / len(values) for name, values in scores.items()}
-        for place, scores in found.items()
-    }
-    rows = [(f"after stage {place[1]}", means[place]) for place in sorted(means) if place[1]]
-    for point in ("vanilla", "expert"):
-        if (point, 0) in means:
-            rows.append((point, means[point, 0]))
-    return rows
 
 
 def _gains(metrics: dict[str, Any]) -> Table:

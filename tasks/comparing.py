@@ -22,7 +22,7 @@ from graftline.evaluation.comparison_pictures import (
     save_panels,
     stage_panels,
 )
-from graftline.evaluation.comparison_table import TimeSpent, csv_text, markdown
+from graftline.evaluation.comparison_table import TimeSpent, comparison_csv, markdown
 from graftline.evaluation.report import RunScores, read_report
 from graftline.planning.comparison import WantedRun
 from graftline.planning.costs import seconds_by_activity
@@ -194,7 +194,7 @@ def write_comparison(
             save_panels(folder / name, panels, f"{recipe}: {title}", note)
         else:
             (folder / name).unlink(missing_ok=True)
-    atomic_write_text(folder / "table.csv", csv_text(methods, baseline))
+    atomic_write_text(folder / "table.csv", comparison_csv(methods, baseline))
     atomic_write_text(folder / "table.md", markdown(methods, baseline, time))
     text = page(recipe, methods, baseline, time, first.data_md5)
     atomic_write_text(folder / "page.html", text)

@@ -1,7 +1,8 @@
-"""Where a run's outputs lie; imports nothing heavy."""
+"""Where a run's outputs lie, and what is read of them; imports nothing heavy."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Sequence
@@ -119,6 +120,35 @@ def read_metrics(folder: Path) -> dict[str, Any]:
             "the folder away and run the recipe again"
         )
     return metrics
+
+
+def matrix_rows(folder: Path) -> list[tuple[str, dict[str, float]]]:
+    """The score matrix of a report: each stage, then the vanilla models and the experts.
+
+    Args:
+        folder: the report.
+
+    Returns:
+        (label, modality -> mean over its tasks) of each row.
+
+    Raises:
+        OSError: `scores.csv` cannot be read.
+        KeyError: it lacks a column.
+        TypeError: a field is missing in one of its lines.
+        ValueError: a stage or a score is no number.
+    """
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    with (folder / "scores.csv").open(encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            stage = int(row["stage"]) if row["point"] == "final" else 0
+            scores = found.setdefault((row["point"], stage), {})
+            scores.setdefault(row["modality"], []).append(float(row["score"]))
+    means = {
+        place: {name: sum(values) / len(values) for name, values in scores.items()}
+        for place, scores in found.items()
+    }
+    rows = [(f"after stage {place[1]}", means[place]) for place in sorted(means) if place[1]]
+    return rows + [(name, means[name, 0]) for name in ("vanilla", "expert") if (name, 0) in means]
 
 
 def finished_reports(recipe_name: str) -> list[Path]:

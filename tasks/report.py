@@ -6,7 +6,7 @@ import logging
 import re
 import resource
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from graftline.steps.results import collect
 from graftline.store import Store
 from graftline.stores import open_store
 from tasks import tracking
-from tasks.outputs import EXPORTED, pictures, read_object
+from tasks.outputs import EXPORTED, matrix_rows, pictures, read_object
 from tasks.references import DataVersion, Place
 
 _log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def write_run_report(
     folder: Path,
     window: Window,
     computed: Collection[Step],
-) -> str:
+) -> None:
     """Writes `reports/...`: metrics, tables and pictures; and the run's totals to MLflow.
 
     Args:
@@ -90,9 +90,6 @@ def write_run_report(
         computed: steps that were computed in it and not found. A report of the same result
             stays as it is when there were none, so that its wall time stays the computation's; what
             an older version did not record is added.
-
-    Returns:
-        The report's folder.
     """
     old = metrics_in(folder)
     store = open_store(place.store)
@@ -109,7 +106,6 @@ def write_run_report(
     if not all(path.exists() for path in pictures(folder)) or metrics is not old:
         _draw(folder, _collect(plan, place, data, window.seconds))
     _publish(plan, place, folder, metrics)
-    return str(folder)
 
 
 @task(name="register-model", cache_policy=NO_CACHE, persist_result=False)
@@ -145,14 +141,14 @@ def register_model(
     tracking.register(recipe.name, model_id, place.tracked.run_id, alias, tags)
 
 
-def matrix_markdown(metrics: Mapping[str, Any], cells: str) -> str:
+def matrix_markdown(metrics: Mapping[str, Any], table: str) -> str:
     """The score matrix and the headlines of a run as Markdown.
 
     Args:
         metrics: as `metrics.json` holds them.
-        cells: the rows of the matrix as Markdown.
+        table: the matrix as Markdown.
     """
-    lines = [f"# {metrics['recipe']}, {metrics['method']}, seed {metrics['seed']}", "", cells, ""]
+    lines = [f"# {metrics['recipe']}, {metrics['method']}, seed {metrics['seed']}", "", table, ""]
     for name in ("brg", "frg", "retention"):
         value = metrics.get(name)
         lines.append(f"- **{name.upper()}**: {'n/a' if value is None else f'{value:.2f} %'}")
@@ -264,8 +260,7 @@ def _draw(folder: Path, run: RunScores) -> None:
 
 def _publish(plan: RunPlan, place: Place, folder: Path, metrics: Mapping[str, Any]) -> None:
     """The report's numbers and files to MLflow, its matrix to Prefect."""
-    rows = _matrix_rows(folder, metrics["order"])
-    text = matrix_markdown(metrics, rows)
+    text = matrix_markdown(metrics, _matrix_table(folder, metrics["order"]))
     if place.tracked is not None:
         names = {"brg": "BRG.final", "frg": "FRG.mean"} | {
             key: key
@@ -287,23 +282,13 @@ def _publish(plan: RunPlan, place: Place, folder: Path, metrics: Mapping[str, An
     create_markdown_artifact(key=key.strip("-"), markdown=text, description="score matrix")
 
 
-def _matrix_rows(folder: Path, order: list[str]) -> str:
-    import pandas as pd
-
-    table = pd.read_csv(folder / "scores.csv")
-    mean = table.groupby(["point", "stage", "modality"], as_index=False)["score"].mean()
+def _matrix_table(folder: Path, order: Sequence[str]) -> str:
+    """A report's score matrix as a Markdown table, scores x 100."""
     lines = ["| | " + " | ".join(name.replace("_", " ") for name in order) + " |"]
     lines.append("|" + " --- |" * (len(order) + 1))
-    for point in ("final", "vanilla", "expert"):
-        chosen = mean[mean["point"] == point]
-        if point == "final":
-            groups = [(f"after stage {s}", g) for s, g in chosen.groupby("stage")]
-        else:
-            groups = [(point, chosen)] if len(chosen) else []
-        for label, group in groups:
-            scores = dict(zip(group["modality"], group["score"], strict=True))
-            fields = [f"{100 * scores[name]:.1f}" if name in scores else "" for name in order]
-            lines.append(f"| {label} | " + " | ".join(fields) + " |")
+    for label, scores in matrix_rows(folder):
+        fields = [f"{100 * scores[name]:.1f}" if name in scores else "" for name in order]
+        lines.append(f"| {label} | " + " | ".join(fields) + " |")
     return "\n".join(lines)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,6 +15,7 @@ from graftline.asking.conversation import Shown, Turn, check_question
 from graftline.data.files import inside, open_text
 from graftline.durable import atomic_write_text
 from graftline.errors import GraftlineError
+from graftline.evaluation.cells import csv_text
 from graftline.progress import Advance, track
 from graftline.recipe import KINDS
 
@@ -164,11 +164,8 @@ def answer_table(table: QuestionTable, asker: Asker, out: Path, batch: int) -> N
         with track(f"encode {which}", len(rows)) as advance:
             conversations = _conversations(rows, asker, batch, advance)
         answers += asker.answer(conversations, label=f"answer {which}", batch=batch)
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*table.columns, ANSWER])
-    writer.writerows([*fields, text] for fields, text in zip(table.cells, answers, strict=True))
-    atomic_write_text(out, stream.getvalue())
+    answered = ([*fields, text] for fields, text in zip(table.cells, answers, strict=True))
+    atomic_write_text(out, csv_text([*table.columns, ANSWER], answered))
 
 
 def _conversations(

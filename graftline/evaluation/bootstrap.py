@@ -29,6 +29,7 @@ from graftline.evaluation import EvaluationError
 Key = TypeVar("Key", bound=Hashable)
 Floats = NDArray[np.float64]
 
+_LEVEL = 0.95  # coverage aimed at
 _CHUNK = 200  # replicates drawn at once: bounds memory for large test sets
 
 
@@ -88,20 +89,18 @@ class Resampled:
         """Test examples, of all modalities and tasks together, of one seed."""
         return sum(self.sizes.values())
 
-    def interval(self, name: str, level: float = 0.95) -> Interval:
-        """Interval of one statistic, averaged over seeds."""
-        return _percentiles(
-            self.points[name], self.tables[name], self.weights, level, self.n_examples
-        )
+    def interval(self, name: str) -> Interval:
+        """95 % interval of one statistic, averaged over seeds."""
+        return _percentiles(self.points[name], self.tables[name], self.weights, self.n_examples)
 
-    def among(self, seeds: Sequence[int], draw: int = 0) -> Resampled:
-        """Some of the seeds (by their places), weighted anew among themselves by seed `draw`."""
+    def among(self, seeds: Sequence[int]) -> Resampled:
+        """Some of the seeds (by their places), weighted anew among themselves."""
         rows = list(seeds)
         replicates = self.weights.shape[1]
         return Resampled(
             {name: tuple(values[row] for row in rows) for name, values in self.points.items()},
             {name: table[rows] for name, table in self.tables.items()},
-            _seed_weights(len(rows), replicates, np.random.default_rng(draw)),
+            _seed_weights(len(rows), replicates, np.random.default_rng(0)),
             self.sizes,
         )
 
@@ -143,62 +142,31 @@ class Resampled:
         )
 
 
-def interval(
-    cells_per_seed: Sequence[Mapping[Key, Cell]],
-    statistic: Callable[[Mapping[Key, float]], float | None],
-    replicates: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval:
-    """Bootstrap interval of one statistic; see `intervals`.
-
-    Args:
-        cells_per_seed: For each seed, its cells by key; keys, tasks and numbers of examples are
-            the same for every seed.
-        statistic: From the cells' scores by key to a number, or `None` where undefined.
-        replicates: Bootstrap replicates.
-        seed: Seed of the resampling.
-        level: Coverage aimed at.
-
-    Returns:
-        The interval, in the statistic's unit.
-
-    Raises:
-        EvaluationError: As for `intervals`.
-    """
-    return intervals(
-        cells_per_seed, lambda scores: {"": statistic(scores)}, replicates, seed, level
-    )[""]
-
-
 def intervals(
     cells_per_seed: Sequence[Mapping[Key, Cell]],
     statistics: Callable[[Mapping[Key, float]], Mapping[str, float | None]],
     replicates: int = 2000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> dict[str, Interval]:
-    """Bootstrap intervals of several statistics over the same replicates.
+    """95 % bootstrap intervals of several statistics over the same replicates.
 
     Args:
-        cells_per_seed: As for `interval`.
+        cells_per_seed: For each seed, its cells by key; keys, tasks and numbers of examples are
+            the same for every seed.
         statistics: From the cells' scores by key to named numbers, `None` where undefined; the
             names are always the same.
         replicates: Bootstrap replicates, at least 1.
         seed: Seed of the resampling.
-        level: Coverage aimed at, between 0 and 1.
 
     Returns:
-        An interval for each name.
+        An interval for each name, in the statistic's unit.
 
     Raises:
         EvaluationError: There is no seed or no cell, seeds or cells do not match one another, a
-            score is not finite, or a parameter is out of range.
+            score is not finite, or there are no replicates.
     """
-    if not 0.0 < level < 1.0:
-        raise EvaluationError(f"level {level} must be within (0, 1)")
     found = resample(cells_per_seed, statistics, replicates, seed)
-    return {name: found.interval(name, level) for name in found.points}
+    return {name: found.interval(name) for name in found.points}
 
 
 def resample(
@@ -213,7 +181,7 @@ def resample(
     the same questions meet the same draws, so that their replicates are paired.
 
     Args:
-        cells_per_seed: As for `interval`.
+        cells_per_seed: As for `intervals`.
         statistics: As for `intervals`.
         replicates: Bootstrap replicates, at least 1.
         seed: Seed of the resampling.
@@ -338,10 +306,9 @@ def _percentiles(
     points: Sequence[float | None],
     table: Floats,
     weights: Floats,
-    level: float,
     n_examples: int,
 ) -> Interval:
-    """Interval of one statistic from its (seeds, replicates) table; NaN marks undefined."""
+    """95 % interval of one statistic from its (seeds, replicates) table; NaN marks undefined."""
     needed = weights > 0.0
     undefined = (np.isnan(table) & needed).any(axis=0)
     share = float(undefined.mean())
@@ -351,6 +318,6 @@ def _percentiles(
     if share > 0.05:
         return Interval(estimate, None, None, n_examples, len(points), share)
     values = np.where(needed, table * weights, 0.0).sum(axis=0)[~undefined]
-    tail = 50.0 * (1.0 - level)
+    tail = 50.0 * (1.0 - _LEVEL)
     low, high = np.percentile(values, [tail, 100.0 - tail])
     return Interval(estimate, float(low), float(high), n_examples, len(points), share)

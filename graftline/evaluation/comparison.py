@@ -24,6 +24,7 @@ from graftline.evaluation.report import (
     bootstrap_cells,
     check_same_settings,
     gains_of,
+    mean_of_all,
     place_scores,
     split_scores,
 )
@@ -215,13 +216,13 @@ def _method(
         by_order={order: main.among(rows).interval("brg") for order, rows in places.items()},
         stages=_stages([run for run in runs if run.order == orders[0]]),
         brg_per_stage=_brg_per_stage([gains[row] for row in places[orders[0]]]),
-        costs={name: _mean([getattr(run, name) for run in runs]) for name in COSTS},
+        costs={name: mean_of_all([getattr(run, name) for run in runs]) for name in COSTS},
         n=main.n_examples,
         n_joint=joint.n_examples if joint is not None else 0,
         orders=orders,
         seeds=tuple(sorted({run.seed for run in runs})),
         runs=len(runs),
-        text_perplexity_before=_mean([run.text_perplexity_before for run in runs]),
+        text_perplexity_before=mean_of_all([run.text_perplexity_before for run in runs]),
     )
 
 
@@ -252,15 +253,10 @@ def _stages(runs: Sequence[RunScores]) -> StageSpread:
 
 def _brg_per_stage(gains: Sequence[Gains]) -> dict[int, float]:
     means = {
-        stage: _mean([each.brg_per_stage[stage].value for each in gains])
+        stage: mean_of_all([each.brg_per_stage[stage].value for each in gains])
         for stage in gains[0].brg_per_stage
     }
     return {stage: mean for stage, mean in means.items() if mean is not None}
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if len(known) == len(values) else None
 
 
 def _place(method: ComparedMethod) -> tuple[bool, float, str]:

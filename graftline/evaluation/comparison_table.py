@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from graftline.evaluation.bootstrap import Interval
-from graftline.evaluation.cells import JOINT
+from graftline.evaluation.cells import JOINT, csv_text
 from graftline.evaluation.comparison import LEARNED, PERPLEXITY, ComparedMethod
 from graftline.evaluation.style import words
 
@@ -128,7 +126,7 @@ def markdown(methods: Sequence[ComparedMethod], baseline: str | None, time: Time
     return "\n".join(lines) + "\n"
 
 
-def csv_text(methods: Sequence[ComparedMethod], baseline: str | None) -> str:
+def comparison_csv(methods: Sequence[ComparedMethod], baseline: str | None) -> str:
     """Every number with both ends of its interval, a row a method, in the units of reports."""
     rows: list[dict[str, object]] = []
     for method in methods:
@@ -149,11 +147,7 @@ def csv_text(methods: Sequence[ComparedMethod], baseline: str | None) -> str:
             row |= {key: each.estimate, f"{key}_low": each.low, f"{key}_high": each.high}
         rows.append(row)
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
+    return csv_text(columns, [[row.get(name) for name in columns] for row in rows])
 
 
 def facts(methods: Sequence[ComparedMethod]) -> list[str]:

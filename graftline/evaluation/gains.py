@@ -1,6 +1,6 @@
 """Relative gains: how much a growing model keeps of what it knew, and how well it learns.
 
-Notation, as in the design: `S[i][m]` is the final score of modality m on its test set after
+Notation: `S[i][m]` is the final score of modality m on its test set after
 stage i (stages count from 1), `V[m]` the score of the vanilla model of m's stage on m, `E[m]`
 the score of the expert for m. The modality of stage i is `order[i - 1]`. All scores are finite
 and not negative, in any unit that is the same for the two sides of a ratio.

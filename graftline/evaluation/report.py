@@ -64,8 +64,8 @@ class RunScores:
         computing_seconds: What its steps took, by whichever run they were computed.
         merging_seconds: What its merges and compositions took of that.
         peak_rss_bytes: Peak resident memory.
-        data_md5: The version of the data, from `data.dvc`.
-        fingerprint: Fingerprint of the run's last step.
+        data_md5: The version of the data.
+        fingerprint: Of the run's plan: it changes whenever one of its scores may change.
         text_perplexity_before: Perplexity of the held-out text under the untouched base.
         text_perplexity_after: The same under the last model.
         storage_bits: What the last model's backbones take, in bits a parameter of one backbone.
@@ -170,14 +170,29 @@ def gains_of(scores: Mapping[Place, float], order: Sequence[str]) -> Gains:
     return all_gains(stages, order, vanilla=vanilla, experts=experts)
 
 
+def mean_of_all(values: Sequence[float | None]) -> float | None:
+    """The mean of a number over runs; None where one of them lacks it."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if len(known) == len(values) else None
+
+
 def run_intervals(
     cells_per_seed: Sequence[Mapping[Place, Cell]],
     order: Sequence[str],
     replicates: int = 2000,
-    seed: int = 0,
 ) -> dict[str, Interval]:
-    """95 % intervals of the headlines, of each modality's final score (`scores.<modality>`), and of
-    joint questions where they were asked (`joint`).
+    """95 % intervals of what a report says of a run, or of several that differ by seed.
+
+    That is the headlines, each modality's final score (`scores.<modality>`), and joint questions
+    where they were asked (`joint`).
+
+    Args:
+        cells_per_seed: From `bootstrap_cells`, of each run.
+        order: The modality of each stage.
+        replicates: Bootstrap replicates.
+
+    Raises:
+        EvaluationError: The runs' cells do not match, or a score that a gain needs is missing.
     """
     last = len(order)
     place: Place = ("final", last, JOINT)
@@ -189,10 +204,10 @@ def run_intervals(
         return named
 
     own = [{at: cell for at, cell in cells.items() if at != place} for cells in cells_per_seed]
-    found = intervals(own, statistics, replicates, seed)
+    found = intervals(own, statistics, replicates)
     joint = [{place: cells[place]} for cells in cells_per_seed if place in cells]
     if len(joint) == len(cells_per_seed):
-        found |= intervals(joint, lambda scores: {JOINT: scores[place]}, replicates, seed)
+        found |= intervals(joint, lambda scores: {JOINT: scores[place]}, replicates)
     return found
 
 

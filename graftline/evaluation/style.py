@@ -47,7 +47,6 @@ def label_ends(
     x: float,
     gap: float,
     limits: tuple[float, float],
-    digits: str = ".2f",
     size: float = 12,
 ) -> None:
     """Write each line's name and last score beside its end, at least `gap` apart."""
@@ -62,7 +61,7 @@ def label_ends(
         ceiling = heights[i] - gap
     for height, (value, modality, colour) in zip(heights, ordered, strict=True):
         axes.text(
-            x, height, f"{words(modality)} {value:{digits}}", color=colour, va="center", size=size,
+            x, height, f"{words(modality)} {value:.2f}", color=colour, va="center", size=size,
             weight="bold", clip_on=False, zorder=2,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )  # fmt: skip

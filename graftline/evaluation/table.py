@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,11 +9,12 @@ from pathlib import Path
 
 from graftline.evaluation import EvaluationError
 from graftline.evaluation.bootstrap import Interval
-from graftline.evaluation.cells import JOINT
+from graftline.evaluation.cells import JOINT, csv_text
 from graftline.evaluation.report import (
     RunScores,
     bootstrap_cells,
     check_same_settings,
+    mean_of_all,
     read_report,
     run_intervals,
 )
@@ -95,9 +94,7 @@ def markdown_table(rows: Sequence[SummaryRow]) -> str:
 def csv_table(rows: Sequence[SummaryRow]) -> str:
     """The same table as CSV."""
     headings, lines = _fields(rows)
-    stream = io.StringIO(newline="")
-    csv.writer(stream, lineterminator="\n").writerows([headings, *lines])
-    return stream.getvalue()
+    return csv_text(headings, lines)
 
 
 def _fields(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
@@ -154,17 +151,12 @@ def _summary(runs: list[RunScores], replicates: int) -> SummaryRow:
         seeds=seeds,
         n_examples=next(iter(found.values())).n_examples,
         intervals=found,
-        text_perplexity_before=_mean([run.text_perplexity_before for run in runs]),
-        text_perplexity_after=_mean([run.text_perplexity_after for run in runs]),
+        text_perplexity_before=mean_of_all([run.text_perplexity_before for run in runs]),
+        text_perplexity_after=mean_of_all([run.text_perplexity_after for run in runs]),
         computing_seconds=math.fsum(run.computing_seconds for run in runs) / len(runs),
         merging_seconds=math.fsum(run.merging_seconds for run in runs) / len(runs),
-        storage_bits=_mean([run.storage_bits for run in runs]),
+        storage_bits=mean_of_all([run.storage_bits for run in runs]),
     )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if len(known) == len(values) else None
 
 
 def _number(value: float | None) -> str:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
 
 from graftline.evaluation import EvaluationError
-from graftline.evaluation.bootstrap import Cell, Interval, interval, intervals
+from graftline.evaluation.bootstrap import Cell, Interval, intervals
 
 
 def mean_of(scores: Mapping[str, float]) -> float | None:
     return scores["a"]
+
+
+def interval(
+    cells: Sequence[Mapping[str, Cell]],
+    statistic: Callable[[Mapping[str, float]], float | None],
+    replicates: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    return intervals(cells, lambda scores: {"": statistic(scores)}, replicates, seed)[""]
 
 
 def test_coverage_of_a_mean() -> None:
@@ -139,9 +148,7 @@ def test_bad_input_is_named(seeds: list[dict[str, Cell]], words: str) -> None:
         interval(seeds, mean_of, 10)
 
 
-def test_parameters_are_checked() -> None:
+def test_there_must_be_replicates() -> None:
     cells = [{"a": Cell("image", {"question": [1.0]})}]
     with pytest.raises(EvaluationError, match="replicates 0"):
         intervals(cells, lambda s: {"x": s["a"]}, replicates=0)
-    with pytest.raises(EvaluationError, match="level"):
-        interval(cells, mean_of, level=1.0)

@@ -14,7 +14,7 @@ from graftline.evaluation.cells import JOINT, ScoreCell
 from graftline.evaluation.comparison import ComparedMethod, compare_runs
 from graftline.evaluation.comparison_page import page
 from graftline.evaluation.comparison_pictures import initials
-from graftline.evaluation.comparison_table import TimeSpent, csv_text, markdown
+from graftline.evaluation.comparison_table import TimeSpent, comparison_csv, markdown
 from graftline.evaluation.report import RunScores
 
 AB, BA = ("image", "audio"), ("audio", "image")
@@ -172,7 +172,9 @@ def test_tables_hold_every_number() -> None:
     assert "| mera | 135 M | 512 k | 4.1 M | 640 | 1,234 | 16 | 6 | 2 | 0 | 2 |" in text
     assert "| old | – | – | – | – | – | 16 |" in text
     assert "training 60.0 %" in text and "orchestration 20.0 %" in text
-    rows = {row["method"]: row for row in csv.DictReader(csv_text(methods, "mera").splitlines())}
+    rows = {
+        row["method"]: row for row in csv.DictReader(comparison_csv(methods, "mera").splitlines())
+    }
     assert [float(rows["mera"][name]) for name in ("brg", "brg_low", "brg_high")] == pytest.approx(
         [95.0, 90.0, 100.0]
     )
