@@ -35,6 +35,10 @@ def add(recipe_path: str, model: str, out: str, overrides: Mapping[str, Any] | N
 
     Returns:
         The report's folder.
+
+    Raises:
+        GraftlineError: `out` is there, or the model cannot grow by this recipe; finished steps are
+            kept.
     """
     recipe = load_recipe(recipe_path, overrides)
     origin, target = Path(model), Path(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,7 @@ def show(
         words = ["graftline run", str(recipe)]
         words += [f"--method {method}"] if method else []
         words += [f"--seed {seed}"] if seed is not None else []
+        words += [f"--set {shlex.quote(text)}" for text in settings or []]
         raise GraftlineError(f"{folder} holds no report yet; run: {' '.join(words)}")
     print_report(out, folder)
 
@@ -144,8 +146,9 @@ def search(
     rule: Annotated[
         list[str] | None,
         typer.Option(
-            help="A merge rule, finetune, mera, mera+, or a method against forgetting; all rules "
-            "that have parameters if left out, with --rates all methods that fine-tune."
+            help="A merge rule, finetune, connector-only, joint, mera, mera+, or a method against "
+            "forgetting; all rules that have parameters if left out, with --rates all methods with "
+            "a learning rate."
         ),
     ] = None,
     rates: Annotated[

@@ -44,7 +44,7 @@ def work(
     url = require_server()
     called = name or socket.gethostname()
     out.print(f"{called}: {slots} slot(s) for {url}; Ctrl-C stops", highlight=False)
-    serve_work(slots, name, Path.cwd())
+    serve_work(slots, called, Path.cwd())
 
 
 def register(app: typer.Typer) -> None:

@@ -1,7 +1,8 @@
 """The page of `graftline app`: media and a question in, one or two models' answers out.
 
-Nothing leaves this machine: the server listens on loopback, the page may fetch from nowhere else,
-and Gradio's telemetry, shared links and fonts from afar are off.
+Unless another `--host` is asked for, nothing leaves this machine: the server listens on loopback.
+The page may fetch from its own server alone, and Gradio's telemetry, shared links and fonts from
+afar are off.
 """
 
 from __future__ import annotations

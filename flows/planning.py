@@ -12,10 +12,12 @@ from typing import Any
 
 from rich.table import Table
 
+from graftline.data.rows import SPLITS
 from graftline.durable import nearest
 from graftline.errors import GraftlineError
 from graftline.manifest import CorruptArtifact
 from graftline.planning.forecast import Forecast, estimate_row_tokens, forecast
+from graftline.planning.history import spoken
 from graftline.planning.problems import recipe_problems
 from graftline.planning.run import RunPlan, plan_run
 from graftline.recipe import Recipe
@@ -63,11 +65,14 @@ def look_ahead(recipe: Recipe, usual: Sequence[str]) -> Prospect:
     Args:
         recipe: the recipe.
         usual: the order that its file names.
+
+    Raises:
+        GraftlineError: the recipe cannot be planned, for a reason that is no problem of its own.
     """
     version, complaints = known_data(recipe)
     known = version.files if version else {}
     data = version.md5 if version and all(name in known for name in recipe.order) else NOT_BUILT
-    splits = dict.fromkeys(("train", "validation", "test"), NOT_BUILT)
+    splits = dict.fromkeys(SPLITS, NOT_BUILT)
     files = {**dict.fromkeys(recipe.order, splits), **known}
     built = is_filled(Path(recipe.data.folder))
     report = report_folder(recipe, usual)
@@ -79,9 +84,9 @@ def look_ahead(recipe: Recipe, usual: Sequence[str]) -> Prospect:
     store = open_store(recipe.store, verify="quick")
     try:
         plan = plan_run(recipe, files)
-    except (GraftlineError, KeyError) as error:
+    except GraftlineError:
         if not problems:
-            raise GraftlineError(str(error)) from error
+            raise
         return Prospect(recipe, tuple(problems), data)
     damaged = _damaged(plan, store)
     if damaged:
@@ -242,11 +247,7 @@ def _flops_source(prospect: Prospect) -> str:
 
 
 def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return "unknown" if seconds is None else spoken(seconds, 1)
 
 
 def _bytes(count: int | None) -> str:

@@ -44,7 +44,7 @@ def trials_of(
 
     Args:
         path: the recipe's file.
-        methods: merge rules, rivals, or `finetune`.
+        methods: as `search_of` takes them.
         overrides: dotted key -> value, for all runs.
         rates: search the fine-tuning's learning rate and length.
 

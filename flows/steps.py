@@ -33,6 +33,9 @@ def steps(
         data_files: modality, then split, then md5 of its file: with the recipe they make the plan.
         references: which steps, as `<kind>/<fingerprint>`, parents before children.
         share: of a step `features`, this share alone, from 1; 0: whole steps.
+
+    Raises:
+        GraftlineError: this machine plans other steps than the run's, or one of them fails.
     """
     plan = plan_of(recipe, common, data_files)
     chosen = plan.recipe

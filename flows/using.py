@@ -74,7 +74,7 @@ def show(asker: Asker, media: Sequence[tuple[str, Path]], console: Console) -> l
     return asker.show(read, [path for _, path in media])
 
 
-def ask_table(asker: Asker, table: Path, out: Path, console: Console, batch: int = BATCH) -> int:
+def ask_table(asker: Asker, table: Path, out: Path, console: Console) -> int:
     """Answers every question of a CSV into another; see `graftline.asking.table`.
 
     Returns:
@@ -94,7 +94,7 @@ def ask_table(asker: Asker, table: Path, out: Path, console: Console, batch: int
         raise GraftlineError(f"{out}: cannot be written ({why}); choose another --out")
     with shown(console):
         questions = read_questions(table, asker)
-        answer_table(questions, asker, out, batch)
+        answer_table(questions, asker, out, BATCH)
     return len(questions.rows)
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, PrivateAttr, model_validator
 
 from graftline.recipe_parts import Part as Part
 from graftline.recipe_parts import PhaseSettings as PhaseSettings
-from graftline.recipe_parts import Place
+from graftline.recipe_parts import Place, Split
 from graftline.settings.models import (
     BackboneChoice,
     BackboneSize,
@@ -53,7 +53,7 @@ class DataSettings(Part):
     """Which rows are used."""
 
     folder: Place = Field("data", description="folder of <modality>/<split>.parquet")
-    rows: dict[Literal["train", "validation", "test"], PositiveInt] | None = Field(
+    rows: dict[Split, PositiveInt] | None = Field(
         None, description="use only the first rows of each split (all when left out)"
     )
 

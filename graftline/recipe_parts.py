@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os.path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A file or folder; `~` in front is the user's home, as in a shell."""
+Split = Literal["train", "validation", "test"]
 
 
 class Part(BaseModel):

@@ -90,8 +90,8 @@ def is_filled(folder: Path) -> bool:
 
 
 @task(name="build-data", cache_policy=NO_CACHE, persist_result=False)
-def build_data(folder: str, store: str, modalities: Iterable[str] = MODALITIES) -> bool:
-    """Builds the starter's data if the folder is missing; says whether it was built.
+def build_data(folder: str, store: str, modalities: Iterable[str] = MODALITIES) -> None:
+    """Builds the starter's data if the folder is missing.
 
     Args:
         folder: the data folder.
@@ -105,7 +105,7 @@ def build_data(folder: str, store: str, modalities: Iterable[str] = MODALITIES) 
     target = _named(Path(folder))
     with _one_at_a_time(store):
         if is_filled(target):
-            return False
+            return
         if problem := why_not_built(folder, modalities):
             raise GraftlineError(problem)
         if inside_dvc():
@@ -115,7 +115,6 @@ def build_data(folder: str, store: str, modalities: Iterable[str] = MODALITIES) 
             )
         with bar() as progress:
             building.build(target, progress=progress)
-    return True
 
 
 @task(name="validate-data", cache_policy=NO_CACHE, persist_result=False)

@@ -8,7 +8,6 @@ import warnings
 from graftline.memory import keep_freed_memory
 
 _DEFAULTS = {
-    # Threads that spin while they wait stall training when the machine is shared.
     "GOMP_SPINCOUNT": "20000",  # wait briefly, then sleep: endless spinning stalls shared machines
     "THP_MEM_ALLOC_ENABLE": "1",  # large pages: a fifth off the optimiser's memory passes
     "HF_HUB_OFFLINE": "1",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -124,17 +123,16 @@ def deploy_flows(project: Path) -> None:
         raise GraftlineError(f"`prefect deploy --all`: {(done.stdout + done.stderr)[-1500:]}")
 
 
-def serve_work(slots: int, name: str | None, home: Path) -> None:
+def serve_work(slots: int, name: str, home: Path) -> None:
     """Takes runs and steps from the lab's queues until SIGINT or SIGTERM.
 
     Args:
         slots: how many steps this machine carries out at once.
-        name: what the lab calls this machine; its host name if left out.
+        name: what the lab calls this machine.
         home: the working copy in which runs start: their data, reports and MLflow database.
     """
     os.environ["GRAFTLINE_HOME"] = str(home.absolute())
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
-    called = name or socket.gethostname()
 
     async def both() -> None:
         await asyncio.gather(
@@ -142,7 +140,7 @@ def serve_work(slots: int, name: str | None, home: Path) -> None:
                 ProcessWorker(
                     work_pool_name=POOL,
                     work_queues=[queue],
-                    name=f"{called} {queue}",
+                    name=f"{name} {queue}",
                     limit=limit,
                     create_pool_if_not_found=False,
                 ).start()

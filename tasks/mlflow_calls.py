@@ -190,7 +190,11 @@ def register(
 
 
 def log_files(client: MlflowClient, run_id: str, paths: Sequence[str]) -> None:
-    """Copies small files (report and pictures) to a run."""
+    """Copies small files (report and pictures) to a run.
+
+    Raises:
+        FileNotFoundError: one of them is gone.
+    """
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} is gone")

@@ -93,7 +93,11 @@ def _exported(model: str) -> Path | None:
 
 
 def find_finished(model: str, overrides: Mapping[str, Any], stage: int | None) -> FinishedModel:
-    """Finds a model in the store, by recipe, report or registered name; see `find_parts`."""
+    """Finds a model in the store, by recipe, report or registered name; see `find_parts`.
+
+    Raises:
+        GraftlineError: there is no such model, or a part of it is missing or damaged.
+    """
     path = Path(model)
     if path.is_dir():
         return _from_report(path, overrides, stage)

@@ -13,7 +13,7 @@ from graftline.durable import nearest, why_unwritable
 from graftline.errors import GraftlineError
 from graftline.model.opening import DTYPES
 from graftline.object_urls import without_credentials
-from graftline.planning.forecast import ENCODER_SHAPES, BackboneShape, backbone_shape
+from graftline.planning.forecast import BackboneShape, backbone_shape
 from graftline.planning.inference import feature_bytes, known_rows
 from graftline.planning.plan import Step, is_done
 from graftline.planning.run import RunPlan
@@ -100,7 +100,7 @@ def bytes_needed(plan: RunPlan, store: Store) -> int:
     checkpoints = 2 * training * at_once if trains else 0
     written = len(heavy) + sum(step.kind == "fisher" for step in heavy)  # that is in float32
     features = [s for s in todo if s.kind == "features"]
-    encoded = [feature_bytes(s, plan.recipe, ENCODER_SHAPES) or 0 for s in features]
+    encoded = [feature_bytes(s, plan.recipe) or 0 for s in features]
     cached = sum(encoded) + max(encoded, default=0)  # shares stay until they are published
     recorded = sum(_logits_bytes(step, plan.recipe) for step in todo if step.kind == "logits")
     small = (len(todo) - len(heavy)) * _SMALL_STEP_BYTES

@@ -17,19 +17,15 @@ from tasks.tracking import end_run, running_runs, tracking_uri
 _log = logging.getLogger(__name__)
 
 
-def close_dead_runs(store: str) -> int:
-    """Closes every recorded run whose process is gone; returns how many there were."""
-    count = 0
+def close_dead_runs(store: str) -> None:
+    """Closes every recorded run whose process is gone."""
     for record in dead_runs(store):
-        count += 1
         close_run(record)
         _log.info("closed a run of process %s, which was killed", record.get("pid"))
-    return count
 
 
-def close_lost_runs(experiment_name: str) -> int:
-    """Closes a lab's runs in MLflow whose flow run crashed with its machine; returns how many."""
-    count = 0
+def close_lost_runs(experiment_name: str) -> None:
+    """Closes a lab's runs in MLflow whose flow run crashed with its machine."""
     for run_id, flow_run_id in running_runs(experiment_name):
         with get_client(sync_client=True) as client:
             try:
@@ -38,8 +34,6 @@ def close_lost_runs(experiment_name: str) -> int:
                 continue  # of another Prefect server
         if state is not None and state.is_crashed():
             end_run(tracking_uri(), run_id, "KILLED")
-            count += 1
-    return count
 
 
 def close_own_run(record: RunRecord) -> None:

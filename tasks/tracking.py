@@ -219,7 +219,11 @@ def method_run(tracked: TrackedRun, name: str, tags: Mapping[str, str]) -> str:
 
 
 def stage_run(tracked: TrackedRun, stage: int) -> str:
-    """Returns the id of a stage's child run, which is made when it is first asked for."""
+    """Returns the id of a stage's child run, which is made when it is first asked for.
+
+    Raises:
+        GraftlineError: the run has ended: a thread that goes on computing opens no child of it.
+    """
     query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{tracked.run_id}' and tags.stage = '{stage}'"
     with _children:
         if tracked.run_id in _ended:
@@ -268,7 +272,9 @@ def log_step(tracked: TrackedRun, step: Step, folder: Path, *, reused: bool) -> 
             metrics.append((f"tokens_per_second.{key}", speed, now, 0))
     reference = step.reference
     note = f"{step.kind}/{reference.fingerprint}{' (reused)' if reused else ''}"
-    name = f"artifact.{key}" if step.kind != "evaluate" else f"artifact.{key}.{note[9:21]}"
+    name = f"artifact.{key}"
+    if step.kind == "evaluate":  # a stage asks several models about one modality
+        name += f".{reference.fingerprint[:12]}"
     _tell(tracked.uri, "log", run_id=run_id, metrics=metrics, tags={name: note})
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 
 from graftline.errors import GraftlineError
 from graftline.steps.supervised import start_child, stop_child, when_parent_ends
@@ -99,18 +100,13 @@ def _serve_mlflow(port: int) -> None:
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
 
-    def end() -> None:
-        ended.set()
-
-    when_parent_ends(end)
+    when_parent_ends(ended.set)
     while server.poll() is None and not ended.wait(0.1):
         pass
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(os.getpgid(0), signal.SIGTERM)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         server.wait(2)
-    except subprocess.TimeoutExpired:
-        pass
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 

@@ -84,7 +84,7 @@ def write_expert(base: Path, adapter: Path, out: Path) -> None:
     if checkpoint.problems:
         raise GraftlineError("\n".join(checkpoint.problems))
     products, problems = _products(adapter)
-    problems += _misfits(products, checkpoint, adapter)
+    problems += _misfits(products, checkpoint)
     problems += _other_base(checkpoint, adapter)
     shards: dict[Path, list[tuple[str, Entry]]] = {}
     for name, entry in checkpoint.entries.items():
@@ -217,7 +217,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
-def _misfits(products: Mapping[str, Product], base: Checkpoint, adapter: Path) -> list[str]:
+def _misfits(products: Mapping[str, Product], base: Checkpoint) -> list[str]:
     """Products whose weight the base lacks, or has in another shape."""
     absent = [name for name in products if name not in base.entries]
     wrong = [

@@ -24,7 +24,7 @@ from graftline.evaluation.cells import ScoreCell
 from graftline.evaluation.gains import Gain, retention
 from graftline.methods import Stage
 from graftline.methods.mera import HALVES, add_stage, halves_of
-from graftline.planning.plan import Model, Planner, Reference, Step
+from graftline.planning.plan import Model, Planner, Reference, bundle_step
 from graftline.planning.realigning import RealignPlanner
 from graftline.planning.run import RunPlan, last_scores, stage_scores
 from graftline.recipe import ModalitySettings, Recipe
@@ -104,7 +104,7 @@ def take_in(folder: Path, store: Store) -> Reference:
     Raises:
         GraftlineError: the folder is damaged, or the store cannot be written.
     """
-    step = Step("bundle", {"digest": content_digest(folder)}, {}, "exported model", 0)
+    step = bundle_step(content_digest(folder))
 
     def build(out: Path) -> None:
         shutil.copytree(folder / "backbone", out / "backbone")

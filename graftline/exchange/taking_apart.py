@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from graftline.asking.bundle import (
     TAKEN_APART,
     Description,
     EncoderDescription,
+    refuse_existing,
     sealed_as,
     write_description,
 )
@@ -87,11 +87,10 @@ class Recombined:
     """A model that was taken apart, put together from its three parts.
 
     Args:
-        folder: what `take_apart` made.
-        dtype: of backbone and encoder.
+        folder: what `take_apart` made; it is computed in float32.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, folder: Path) -> None:
         with BUILDING:
             from transformers import AutoModel, AutoModelForCausalLM
 
@@ -99,7 +98,7 @@ class Recombined:
             self.joint = Joint(**{**content["joint"], "layers": tuple(content["joint"]["layers"])})
             causal: Any = AutoModelForCausalLM
             encoder: Any = AutoModel
-            given = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
+            given = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
             self.backbone = causal.from_pretrained(folder / "backbone", **given).eval()
             self.encoder = encoder.from_pretrained(folder / "encoder", **given).eval()
         record = read_record(folder / CONNECTORS, self.joint.modality)
@@ -160,8 +159,7 @@ def take_apart(folder: Path, out: Path) -> float:
         GraftlineError: the folder cannot be read or is of another type, `out` is there, or the
             parts say something else than the whole.
     """
-    if os.path.lexists(out):
-        raise GraftlineError(f"{out}: is there already; choose another --out, or remove it")
+    refuse_existing(out)
     joint, model, precision = _opened(folder)
     with durable.new_folder(out) as temporary:
         _write_parts(model, joint, folder, temporary)

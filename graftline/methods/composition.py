@@ -11,7 +11,8 @@ from graftline.methods.experts import expert
 from graftline.planning.plan import Model, Planner, Reference
 
 TEXT_RULE = "average"
-"""What text tokens meet where every expert is kept apart (`route`)."""
+"""How experts are merged for text where each is kept apart (`route`): what a prompt without media
+meets, and with `compose.text: merged` all text."""
 
 
 def composition(rule: str) -> Callable[[Planner, Sequence[str]], list[Stage]]:

@@ -12,10 +12,7 @@ from typing import Any, Literal
 
 from graftline.durable import atomic_write_text
 from graftline.errors import GraftlineError
-from graftline.recipe import COMPOSITIONS, RIVALS, Recipe
-
-BUDGET = 6
-"""Candidates of a search; the default is the first."""
+from graftline.recipe import RIVALS, Recipe
 
 CANDIDATES: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
     {
@@ -44,6 +41,7 @@ CANDIDATES: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
         ),
     }
 )  # fmt: skip
+"""Merge rule -> its parameters; six for each rule, the defaults first."""
 
 
 def _each(key: str, *values: float) -> tuple[Mapping[str, Any], ...]:
@@ -81,7 +79,8 @@ SETTINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
         ),
     }
 )  # fmt: skip
-"""Method -> dotted recipe keys: its own settings, for MERA the coefficients of its merge."""
+"""Method -> dotted recipe keys: its own settings, for MERA the coefficients of its merge; as many
+for each, too, the defaults first."""
 RATED = ("finetune", *RIVALS, "connector-only", "joint")
 """Methods whose learning rate and length can be searched."""
 _RATES = ((1.0, 1), (1 / 3, 1), (3.0, 1), (1.0, 2), (1 / 3, 2), (3.0, 2))
@@ -140,7 +139,7 @@ def search_of(method: str, recipe: Recipe, *, rates: bool) -> Search:
     """The search of a method.
 
     Args:
-        method: a merge rule, `finetune`, or a rival.
+        method: of `CANDIDATES`, `SETTINGS` or `RATED`.
         recipe: whose learning rate and steps are the middle of what is tried.
         rates: search the learning rate and length, and not the method's own settings. A method
             without settings of its own has nothing else.
@@ -148,8 +147,8 @@ def search_of(method: str, recipe: Recipe, *, rates: bool) -> Search:
     Raises:
         GraftlineError: the method has nothing to choose; says which have.
     """
-    if method in COMPOSITIONS and not rates:
-        return Search(method, candidates(method), "final", "parameters")
+    if method in CANDIDATES and not rates:
+        return Search(method, CANDIDATES[method], "final", "parameters")
     if method in SETTINGS and not rates:
         return Search(method, SETTINGS[method], "final", "settings")
     if method in RATED:
@@ -197,19 +196,6 @@ class Trial:
     def score(self) -> float:
         """The mean over modalities."""
         return math.fsum(self.scores.values()) / len(self.scores)
-
-
-def candidates(rule: str) -> Sequence[Mapping[str, Any]]:
-    """The candidates of a rule.
-
-    Raises:
-        GraftlineError: the rule has nothing to choose; says which rules have.
-    """
-    if rule not in CANDIDATES:
-        raise GraftlineError(
-            f"{rule}: there is nothing to search; rules with parameters are {', '.join(CANDIDATES)}"
-        )
-    return CANDIDATES[rule]
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:

@@ -26,7 +26,7 @@ def attention_for(folder: Path, device: str) -> str:
 
     Returns:
         `transformers`' name: the device's fused kernel on a GPU; on CPU, where that takes longer
-        than matrix products (DESIGN, section 7), `GROUPED` or, for unknown architectures, `eager`.
+        than matrix products, `GROUPED` or, for unknown architectures, `eager`.
     """
     if device != "cpu":
         return "sdpa"

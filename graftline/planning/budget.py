@@ -12,7 +12,7 @@ from typing import Any
 
 from graftline.planning.comparison import Comparison, WantedRun, prefix_stages
 from graftline.planning.costs import lineage, model_parts
-from graftline.planning.history import History, history_of
+from graftline.planning.history import History, history_of, spoken
 from graftline.planning.plan import Reference, Step
 from graftline.planning.run import RunPlan, plan_run
 from graftline.recipe import ExecutionSettings
@@ -62,7 +62,7 @@ class Budget:
         if self.missing and len(self.untimed) == len(self.missing):
             lines.append("time: unknown, no such step is in the store yet")
         elif self.missing:
-            about = f"time: about {_duration(self.seconds)} in {self.slots} slot(s)"
+            about = f"time: about {spoken(self.seconds)} in {self.slots} slot(s)"
             if self.untimed:
                 about += f", without {', '.join(self.untimed)}, which the store has no history of"
             lines.append(about)
@@ -147,9 +147,3 @@ def _seconds(
     tuning = sum(seconds for kind, seconds in alone.items() if kind.endswith("fine-tune"))
     at_once = min(execution.slots, execution.fine_tunings)
     return max(sum(alone.values()) / execution.slots, tuning / at_once), untimed
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

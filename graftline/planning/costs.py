@@ -20,7 +20,7 @@ from graftline.data.examples import ROWS, replay_rows
 from graftline.evaluation.cells import JOINT
 from graftline.manifest import read_manifest
 from graftline.model.loading import read_record
-from graftline.planning.history import TIMING
+from graftline.planning.history import TIMING, recorded_seconds
 from graftline.planning.plan import Reference, Step
 from graftline.planning.run import RunPlan
 from graftline.store import Store
@@ -120,9 +120,8 @@ def seconds_by_activity(by_step: Iterable[Mapping[str, float]]) -> dict[Activity
 
 
 def step_seconds(step: Step, store: Store) -> float | None:
-    """What a finished step took; `None` if it is not there."""
-    file = _timing(step, store)
-    return float(json.loads(file.read_text("utf-8"))["step_seconds"]) if file.exists() else None
+    """What a finished step took; `None` where that is not recorded, or the step not there."""
+    return recorded_seconds(_notes(step, store))
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def busy_seconds(steps: Iterable[Step], store: Store, window: Window) -> float:
     """How many seconds of a window some finished step computed."""
     spans = []
     for step in steps:
-        file = _timing(step, store)
+        file = _notes(step, store) / TIMING
         timing = json.loads(file.read_text("utf-8")) if file.exists() else {}
         seconds = timing.get("last_session_seconds", timing.get("step_seconds"))
         end = file.stat().st_mtime if seconds is not None else 0.0
@@ -155,8 +154,8 @@ def busy_seconds(steps: Iterable[Step], store: Store, window: Window) -> float:
     return busy
 
 
-def _timing(step: Step, store: Store) -> Path:
-    return store.notes(step.kind, step.reference.fingerprint) / TIMING
+def _notes(step: Step, store: Store) -> Path:
+    return store.notes(step.kind, step.reference.fingerprint)
 
 
 def model_parts(plan: RunPlan, stage: int | None = None) -> dict[str, set[Reference]]:
@@ -266,7 +265,7 @@ def _size(file: Path) -> int:
 def _rows_kept(plan: RunPlan, training: Iterable[Step], store: Store) -> int:
     """Rows that steps with a `fraction` were given of; all, where one step sees all modalities."""
     counts = {
-        step.parameters["modality"]: train_rows(store.notes(step.kind, step.reference.fingerprint))
+        step.parameters["modality"]: train_rows(_notes(step, store))
         for step in plan.steps.values()
         if step.kind == "features"
     }

@@ -25,11 +25,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from graftline.data.rows import split_file
-from graftline.model.efficientnet import FrameEncoder, ImageEncoder
 from graftline.model.opening import DTYPES
 from graftline.model.own_backbone import backbone_name
-from graftline.model.point_sets import BasisPointSetEncoder
-from graftline.model.whisper import WhisperAudioEncoder
 from graftline.planning.history import history_of
 from graftline.planning.inference import connector_size, encoder_shape, inference_flops
 from graftline.planning.plan import TOGETHER, Step, is_done
@@ -42,8 +39,6 @@ CHARACTERS_A_TOKEN = 4.0
 BYTE_LEVEL = frozenset({"tiny-random"})
 """Backbones with one token a character."""
 _TEMPLATE_MARKS, _TEMPLATE_CHARACTERS = 4, len("user\n\nassistant\n")
-_ENCODERS = (ImageEncoder, FrameEncoder, WhisperAudioEncoder, BasisPointSetEncoder)
-ENCODER_SHAPES = {encoder.name: (encoder.tokens, encoder.width) for encoder in _ENCODERS}
 
 
 @dataclass(frozen=True)
@@ -341,5 +336,5 @@ def _copies(step: Step, routed: set[str]) -> int:
 
 def _connector_parameters(recipe: Recipe, modality: str, width: int) -> int:
     """Parameters of a connector; 0 where the encoder's output is not known."""
-    features = encoder_shape(recipe, modality, ENCODER_SHAPES)
+    features = encoder_shape(recipe, modality)
     return connector_size(recipe, modality, features, width) if features else 0

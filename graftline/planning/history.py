@@ -103,6 +103,13 @@ def _without_seed(parameters: Mapping[str, Any]) -> str:
     return json.dumps(kept, sort_keys=True, default=dict)
 
 
+def spoken(seconds: float, digits: int = 0) -> str:
+    """A duration as people say it; seconds, below a minute and a half, with so many digits."""
+    if seconds < 90:
+        return f"{seconds:.{digits}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def recorded_seconds(folder: Path) -> float | None:
     """How long the whole step of an artifact's folder took; None if that is not recorded there."""
     try:

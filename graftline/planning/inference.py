@@ -16,12 +16,17 @@ import torch
 
 from graftline.data.rows import SPLITS, split_file
 from graftline.model.connector_kinds import build_connector, connector_parameters
+from graftline.model.efficientnet import FrameEncoder, ImageEncoder
+from graftline.model.point_sets import BasisPointSetEncoder
+from graftline.model.whisper import WhisperAudioEncoder
 from graftline.planning.plan import Step
 from graftline.recipe import Recipe
 from graftline.settings.models import FeatureRows, TimmEncoder, TransformersEncoder
 
 FEATURE_BYTES = 2
 """Of a stored feature: float16."""
+_STARTERS = (ImageEncoder, FrameEncoder, WhisperAudioEncoder, BasisPointSetEncoder)
+_STARTERS_SHAPES = {encoder.name: (encoder.tokens, encoder.width) for encoder in _STARTERS}
 
 
 def known_rows(recipe: Recipe, modality: str) -> dict[str, int]:
@@ -41,19 +46,11 @@ def known_rows(recipe: Recipe, modality: str) -> dict[str, int]:
     return found
 
 
-def encoder_shape(
-    recipe: Recipe, modality: str, known: Mapping[str, tuple[int, int]]
-) -> tuple[int, int] | None:
-    """(tokens, width) of an encoder's features; None where that is not known before it is here.
-
-    Args:
-        recipe: the recipe.
-        modality: whose encoder.
-        known: of the starter's encoders, by name.
-    """
+def encoder_shape(recipe: Recipe, modality: str) -> tuple[int, int] | None:
+    """(tokens, width) of an encoder's features; None where that is not known before it is here."""
     encoder = recipe.modality(modality).encoder
     if isinstance(encoder, str):
-        return known.get(encoder)
+        return _STARTERS_SHAPES.get(encoder)
     if isinstance(encoder, FeatureRows):
         return (encoder.tokens, encoder.width) if encoder.tokens and encoder.width else None
     if encoder.expected is None:
@@ -102,9 +99,9 @@ def inference_flops(
     return 2.0 * parameters * rows * tokens if rows else None
 
 
-def feature_bytes(step: Step, recipe: Recipe, known: Mapping[str, tuple[int, int]]) -> int | None:
+def feature_bytes(step: Step, recipe: Recipe) -> int | None:
     """Bytes that a features step writes; None where that is not known."""
     modality = str(step.parameters["modality"])
-    shape = encoder_shape(recipe, modality, known)
+    shape = encoder_shape(recipe, modality)
     rows = sum(known_rows(recipe, modality).values())
     return rows * shape[0] * shape[1] * FEATURE_BYTES if shape and rows else None

@@ -91,7 +91,7 @@ class Model:
     """A multimodal model as a plan sees it: which artifacts hold its parts.
 
     Attributes:
-        backbone: what all tokens meet unless media are routed; then of the merged weights.
+        backbone: what all tokens meet; where media are routed, it holds the merged weights.
         connectors: modality -> who holds its connector.
         experts: modality -> the backbone that its tokens meet, where they are routed to experts.
         base: theta_0, where media are routed to masked weights.
@@ -144,12 +144,11 @@ class Planner:
 
     def rows(self, modality: str) -> Reference:
         """Rows that a recipe's own source gave; they are imported before a run is planned."""
-        parameters = {"files": dict(self.data_files[modality])}
-        return self._add("rows", parameters, {}, f"{modality}: rows", 0)
+        return self._noted(rows_step(modality, self.data_files[modality]))
 
     def bundle(self, digest: str) -> Reference:
         """An exported model that was taken into the store, backbone and connectors."""
-        return self._add("bundle", {"digest": digest}, {}, "exported model", 0)
+        return self._noted(bundle_step(digest))
 
     def features(self, modality: str) -> Reference:
         """What the frozen encoder says of every row, and the rows' text."""
@@ -327,10 +326,22 @@ class Planner:
         label: str,
         stage: int,
     ) -> Reference:
-        step = Step(kind, parameters, parents, label, stage)
+        return self._noted(Step(kind, parameters, parents, label, stage))
+
+    def _noted(self, step: Step) -> Reference:
         reference = step.reference
         self.steps.setdefault(reference, step)
         return reference
+
+
+def rows_step(modality: str, files: Mapping[str, str]) -> Step:
+    """Rows in the store, known by their content alone: split -> md5 of its parquet file."""
+    return Step("rows", {"files": dict(files)}, {}, f"{modality}: rows", 0)
+
+
+def bundle_step(digest: str) -> Step:
+    """An exported model in the store, known by its folder's digest."""
+    return Step("bundle", {"digest": digest}, {}, "exported model", 0)
 
 
 def is_done(step: Step, store: Store) -> bool:

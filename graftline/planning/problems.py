@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -134,13 +134,9 @@ def _rule_problems(recipe: Recipe) -> list[str]:
 
 
 def _rule(where: str, name: str, values: Mapping[str, Any], experts: int) -> list[str]:
-    return _message(where, lambda: parameters_for(rule_named(name), values, experts))
-
-
-def _message(where: str, attempt: Callable[[], object]) -> list[str]:
-    """What an attempt complains of, behind the recipe's key."""
+    """What a rule says against its parameters, behind the recipe's key."""
     try:
-        attempt()
+        parameters_for(rule_named(name), values, experts)
     except GraftlineError as error:
         return [f"{where}: {error}"]
     return []

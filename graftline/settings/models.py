@@ -15,9 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from graftline.recipe_parts import Part, Place
+from graftline.recipe_parts import Part, Place, Split
 
-Split = Literal["train", "validation", "test"]
 StarterBackbone = Literal["smollm2-135m-instruct", "tiny-random"]
 HUB_NAME = r"^[A-Za-z0-9][\w.-]*/[\w.-]+$"
 

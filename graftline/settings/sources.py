@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from graftline.recipe_parts import Part, Place
+from graftline.recipe_parts import Part, Place, Split
 
-Split = Literal["train", "validation", "test"]
 Paths = Place | tuple[Place, ...]
 SplitPaths = Paths | dict[Split, Paths]
 Columns = str | tuple[str, ...] | None

@@ -23,9 +23,8 @@ from graftline.encoders.arrays import compute_array_features
 from graftline.errors import GraftlineError
 from graftline.model.clips import for_any_length
 from graftline.model.opening import keep_convolutions_in_float32
-from graftline.planning.plan import Step
+from graftline.planning.plan import Step, rows_step
 from graftline.progress import track
-from graftline.steps.imports import OwnRows
 from graftline.steps.work import Machine, Work
 from graftline.store import Artifact, Store
 from graftline.team import current
@@ -114,7 +113,7 @@ def rows_of(step: Step, store: Store, machine: Machine) -> dict[str, Artifact]:
 
 
 def _rows_step(step: Step) -> Step:
-    return OwnRows(dict(step.parameters["files"]), {}, []).step(step.parameters["modality"])
+    return rows_step(step.parameters["modality"], step.parameters["files"])
 
 
 def _encoder(work: Work) -> Any:

@@ -25,7 +25,7 @@ from graftline.data.sources.importing import (
 )
 from graftline.durable import atomic_write_text, building, sweep_siblings
 from graftline.errors import GraftlineError
-from graftline.planning.plan import Step
+from graftline.planning.plan import Step, rows_step
 from graftline.recipe import Recipe
 from graftline.store import Store
 
@@ -49,7 +49,7 @@ class OwnRows:
 
     def step(self, modality: str) -> Step:
         """The step that a plan has for them."""
-        return Step("rows", {"files": self.files}, {}, f"{modality}: rows", 0)
+        return rows_step(modality, self.files)
 
 
 def requests_of(recipe: Recipe) -> dict[str, Request]:

@@ -103,6 +103,13 @@ def test_show_without_report_says_what_to_run(tmp_path):
     assert f"graftline run {recipe} --method joint" in text
 
 
+def test_show_repeats_what_was_set_in_the_command_that_it_names(tmp_path):
+    chosen = ("--seed", "7", "--set", "name=other", "--set", "order=[audio, image]")
+    code, text = _graftline("show", str(ROOT / "params/tiny.yaml"), *chosen, folder=tmp_path)
+    assert code == 1
+    assert "--seed 7 --set name=other --set 'order=[audio, image]'" in text
+
+
 def test_data_without_record_are_named(tmp_path):
     code, text = _graftline("data", "verify", folder=tmp_path)
     assert code == 1

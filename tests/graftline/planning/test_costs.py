@@ -15,6 +15,7 @@ from graftline.planning.costs import (
     _bytes_carried,
     busy_seconds,
     seconds_by_activity,
+    seconds_of,
     step_seconds,
 )
 from graftline.planning.history import TIMING
@@ -116,3 +117,12 @@ def test_what_earlier_sessions_took_was_not_spent_in_this_run(tmp_path: Path) ->
     end = (found.folder / TIMING).stat().st_mtime
     assert busy_seconds([step], store, Window(end - 1000.0, end)) == pytest.approx(100.0)
     assert step_seconds(step, store) == 3700.0
+
+
+def test_a_step_of_an_earlier_version_that_recorded_no_time_counts_as_none(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    files = {name: dict.fromkeys(("train", "validation", "test"), "0") for name in NAMES}
+    step = next(iter(plan_run(load_recipe(TINY, {}), files).steps.values()))
+    step.publish(store, lambda out: (out / TIMING).write_text('{"seconds": 3.0}') and None)
+    assert step_seconds(step, store) is None
+    assert seconds_of([step], store) == 0.0
