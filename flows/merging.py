@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from graftline.errors import GraftlineError
 from graftline.exchange.adapter_folders import is_adapter, write_expert
 from graftline.exchange.kinship import require_kin
 from graftline.merging.checkpoints import open_checkpoint
+from graftline.merging.companions import RECORD, companions_of
 from graftline.merging.elsewhere import fetch_checkpoint, is_elsewhere
 from graftline.merging.streaming import MergeReport, MergeRequest, merge_checkpoints
 from graftline.progress import shown
@@ -72,9 +75,36 @@ def merge(
             origins=sources.origins,
         )
         report = merge_checkpoints(request)
+        if report.reused:
+            _require_intact(request)
     for warning in report.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     return report
+
+
+def _require_intact(request: MergeRequest) -> None:
+    """Reads a finished merge before it is called finished: weights by sha256, what is copied whole.
+
+    Raises:
+        GraftlineError: names the files that are not what was merged.
+    """
+    files: Mapping[str, Mapping[str, str]] = json.loads((request.out / RECORD).read_bytes())[
+        "files"
+    ]
+    changed = [
+        name
+        for name, each in files.items()
+        if durable.file_sha256(request.out / name) != each["sha256"]
+    ]
+    for path in companions_of(request.base):
+        copy = request.out / path.name
+        if not copy.is_file() or not filecmp.cmp(path, copy, shallow=False):
+            changed.append(path.name)
+    if changed:
+        raise GraftlineError(
+            f"{request.out}: {', '.join(changed)} is not what was merged, or not what the base has "
+            "now; choose another --out, or remove this folder and merge again"
+        )
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from graftline.model.building import BUILDING
 from graftline.model.connector_kinds import register
 from graftline.model.loading import ConnectorRecord, read_connector, read_record, save_connector
 from graftline.model.own_backbone import PLAIN_TEMPLATE
+from graftline.model.pretrained import require_safetensors
 from graftline.model.projector import projector_shape
 from graftline.model.prompts import PromptEncoder
 from graftline.settings.models import TransformersEncoder
@@ -226,12 +227,14 @@ def _opened(folder: Path) -> tuple[Joint, Any, str]:
     """How a folder's parts go together, the whole model in float32, and its weights' own dtype."""
     if not folder.is_dir():
         raise GraftlineError(f"{folder}: there is no such folder")
+    require_safetensors(folder)
     with BUILDING:
         import transformers
 
     library: Any = transformers
+    given = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config: Any = library.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config: Any = library.AutoConfig.from_pretrained(str(folder), **given)
     except Exception as error:
         raise GraftlineError(f"{folder}: not a readable `transformers` folder ({error})") from error
     if _has_axes(config):
@@ -247,7 +250,11 @@ def _opened(folder: Path) -> tuple[Joint, Any, str]:
     try:
         with BUILDING:
             model, found = auto.from_pretrained(
-                str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
+                str(folder),
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                **given,
             )
     except Exception as error:
         raise GraftlineError(f"{folder}: its weights cannot be read ({error})") from error

@@ -184,3 +184,18 @@ def test_a_checkpoint_of_another_base_is_refused_by_its_distance(base, tmp_path)
     model.save_pretrained(tmp_path / "near")
     assert distance(ours, open_checkpoint(tmp_path / "near").entries) == pytest.approx(0.03, 1e-3)
     _merge(base, [tmp_path / "near"], tmp_path / "out")
+
+
+def test_a_finished_merge_is_read_before_it_is_called_finished(base, tmp_path):
+    _adapter(base, tmp_path / "adapter", KINDS["plain"])
+    _merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    assert _merge(base, [tmp_path / "adapter"], tmp_path / "out").reused
+    weights = tmp_path / "out/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(GraftlineError, match="out: model.safetensors is not what was merged"):
+        _merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    weights.write_bytes(whole)
+    (base / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(GraftlineError, match="tokenizer_config.json is not what was merged"):
+        _merge(base, [tmp_path / "adapter"], tmp_path / "out")

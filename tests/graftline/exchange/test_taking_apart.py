@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -165,6 +166,20 @@ def test_other_folders_are_refused(tmp_path):
     with pytest.raises(GraftlineError, match="do not belong to config.json"):
         take_apart(tmp_path / "whole", tmp_path / "parts")
     assert not (tmp_path / "parts" / PARTS).exists()
+
+
+def test_pickled_weights_are_refused_and_no_code_is_asked_for(tmp_path):
+    _saved("llava", tmp_path / "whole")
+    (weights,) = (tmp_path / "whole").glob("*.safetensors")
+    torch.save(load_file(weights), tmp_path / "whole/pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(GraftlineError, match="pickled weights only"):
+        take_apart(tmp_path / "whole", tmp_path / "parts")
+    config = {"model_type": "other", "auto_map": {"AutoConfig": "code.Configuration"}}
+    (tmp_path / "whole/config.json").write_text(json.dumps(config))
+    (tmp_path / "whole/model.safetensors").touch()
+    with pytest.raises(GraftlineError, match="trust_remote_code"):
+        take_apart(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_positions_on_three_axes_are_refused_because_a_plain_backbone_has_one(tmp_path):
