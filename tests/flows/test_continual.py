@@ -77,6 +77,22 @@ def test_run_again_reuses_everything(copy):
 
 
 @pytest.mark.usefixtures("one_server")
+def test_a_report_that_is_cut_short_while_it_takes_another_s_place_is_none(copy):
+    report = copy.folder / "reports/tiny/mera/seed-0"
+    (report / "scores.csv").unlink()
+    (report / "scores.csv").mkdir()  # in the way of the second file that is written
+    other = ("run", "params/tiny.yaml", "--set", "replay.fraction=0.5")
+    code, text = copy.run(*other)
+    assert code == 1 and "scores.csv" in text
+    assert [path.name for path in report.glob("*.png")] == []
+    assert not (report / "metrics.json").exists()
+    (report / "scores.csv").rmdir()
+    code, text = copy.run(*other)
+    assert code == 0, text
+    assert {"metrics.json", "scores.png", "stages.png"} <= {each.name for each in report.iterdir()}
+
+
+@pytest.mark.usefixtures("one_server")
 def test_methods_share_steps(copy):
     before = copy.artifacts()
     code, text = copy.run("run", "params/tiny.yaml", "--method", "experts")
