@@ -5,7 +5,9 @@ Rows of the data folder are published in the store for machines that have no suc
 
 from __future__ import annotations
 
+import json
 import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -133,6 +135,7 @@ def _encode(work: Work, encoder: Any) -> None:
     folder = _rows_folder(work, modality)
     batch = OWN_BATCH if "rows" in work.step.parents else BATCH
     for split in SPLITS:
+        _forget_cut_shares(work.folder / split)
         rows = SplitRows(folder / f"{split}.parquet", (parameters["rows"] or {}).get(split))
         own = len(share_of(len(rows), batch))
         with track(f"{modality}: features of {split}", own) as advance:
@@ -147,6 +150,21 @@ def _encode(work: Work, encoder: Any) -> None:
             )
         if current().first:
             pq.write_table(pa.Table.from_pylist(rows.texts()), work.out / split / ROWS)
+
+
+def _forget_cut_shares(folder: Path) -> None:
+    """Drops the records of shares that hold less than they say: they are encoded from the start.
+
+    Appending to such a share would fill the gap with zeros.
+    """
+    for record in folder.glob("share-*.json"):
+        with suppress(OSError, ValueError, KeyError):  # what cannot be read counts as no record
+            said = json.loads(record.read_text(encoding="utf-8"))
+            size = 2 * said["rows"] * said["tokens"] * said["width"]
+            values, names = record.with_suffix(".bin"), record.with_suffix(".ids")
+            whole = values.is_file() and values.stat().st_size >= size
+            if not (whole and names.is_file() and names.read_bytes().count(b"\n") >= said["rows"]):
+                record.unlink()
 
 
 def _rows_folder(work: Work, modality: str) -> Path:

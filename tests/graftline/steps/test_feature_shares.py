@@ -122,6 +122,25 @@ def test_a_share_that_was_stopped_goes_on_and_what_is_missing_is_encoded(
     assert _bytes(found.folder) == _bytes(alone.folder)
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".ids"])
+@pytest.mark.parametrize("left", [None, 0, 10])
+def test_a_share_that_holds_less_than_it_says_is_encoded_anew(
+    tmp_path: Path, step: Step, suffix: str, left: int | None
+) -> None:
+    alone = execute(step, Store(tmp_path / "alone"), Machine(tmp_path / "data", "cpu"))
+    machine = Machine(tmp_path / "data", "cpu", feature_shares=COUNT)
+    store = Store(tmp_path / "store")
+    encode_share(step, store, machine, 2)
+    (record,) = tmp_path.rglob("train/share-2-*.json")
+    if left is None:
+        record.with_suffix(suffix).unlink()
+    else:
+        with record.with_suffix(suffix).open("r+b") as stream:
+            stream.truncate(left)
+    found = execute(step, store, machine)
+    assert _bytes(found.folder) == _bytes(alone.folder)
+
+
 def test_a_machine_with_other_data_takes_the_rows_of_the_run(
     tmp_path: Path, url: str, elsewhere: Any, step: Step
 ) -> None:
