@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def write_own_backbone(recorded: Mapping[str, Any], out: Path) -> None:
     _check_interface(model, called)
     _check_tokenizer(tokenizer, called)
     save_backbone(model, tokenizer, out)
+    _switch_off_dropout(out)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
@@ -160,3 +162,20 @@ def _write_gguf(path: Path, sha256: str, out: Path) -> None:
         )
     _check_tokenizer(tokenizer, str(path))
     tokenizer.save_pretrained(out)
+    _switch_off_dropout(out)
+
+
+def _switch_off_dropout(folder: Path) -> None:
+    """Dropout draws anew in every process: a run that was resumed would end with other weights."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    rates = [(part, key) for part in parts for key in part if "drop" in key and _is_rate(part[key])]
+    for part, key in rates:
+        part[key] = 0.0
+    if rates:
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and value > 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from graftline.data.examples import ExampleSet, TrainingSet
 from graftline.errors import GraftlineError
@@ -95,6 +96,24 @@ def test_every_class_is_aligned_tuned_saved_and_asked(
     assert batched == single  # padding on the left changes no answer
     loss = loaded.model(TrainingSet([examples], 4, 0).batch(0))
     assert torch.isfinite(loss)
+
+
+def test_dropout_is_off_so_that_a_run_that_is_resumed_ends_with_the_same_bits(
+    tmp_path, tiny_folder
+):
+    tokenizer = load_backbone(tiny_folder)[1]
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": len(tokenizer)}
+    own = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    assert own.config.attn_pdrop > 0
+    own.save_pretrained(tmp_path / "own")
+    tokenizer.save_pretrained(tmp_path / "own")
+    model, _ = load_backbone(_written(tmp_path / "own", tmp_path / "theta"), torch.float32)
+    assert len(own.state_dict()) == len(model.state_dict())
+    model.train()
+    tokens = torch.arange(12)[None]
+    first, second = (model(tokens).logits for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_a_tokenizer_without_template_and_padding_gets_the_plain_one(llama, tmp_path):
