@@ -48,8 +48,13 @@ _log = logging.getLogger(__name__)
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether trying again may help: no matter of the disk's space, rights, names or memory."""
-    return isinstance(error, OSError) and error.errno not in _LASTING
+    """Whether trying again may help: no matter of the disk's space, rights, names or memory.
+
+    An error without a number is of a connection, or our own word of a file that is cut off.
+    """
+    if isinstance(error, ConnectionError | TimeoutError):
+        return error.errno not in _LASTING
+    return isinstance(error, OSError) and error.errno not in {None, *_LASTING}
 
 
 def _may_retry(_task: Any, _run: Any, state: Any) -> bool:

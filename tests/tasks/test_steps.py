@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from prefect.settings import PREFECT_HOME, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
 from rich.console import Console
 
 from flows.showing import print_report
@@ -17,6 +20,7 @@ from graftline.errors import GraftlineError
 from graftline.planning.run import plan_run
 from graftline.recipe import ContinualName
 from graftline.settings.reading import load_recipe
+from graftline.sharing.store import StoreUnreachable
 from graftline.store import Store
 from tasks.choices import choices_of
 from tasks.comparing import reports_of
@@ -24,7 +28,7 @@ from tasks.data import inside_dvc
 from tasks.models import recipe_named
 from tasks.outputs import finished_reports, report_folder, reports_also, usual_order
 from tasks.preflight import bytes_needed, check_disk, check_folders
-from tasks.steps import TASKS, by_stage, is_passing, unfinished
+from tasks.steps import TASKS, _task, by_stage, is_passing, unfinished
 from tasks.tracking import flat, registered_tags
 from tasks.ui import free_port
 
@@ -43,6 +47,8 @@ def _plan(method: str):
     [
         (OSError(errno.EIO, "i/o"), True),
         (ConnectionResetError(errno.ECONNRESET, "reset"), True),
+        (StoreUnreachable("s3://bucket: no answer"), True),
+        (OSError("model.safetensors: was cut off while it was read"), False),
         (OSError(errno.ENOSPC, "full"), False),
         (PermissionError(errno.EACCES, "denied"), False),
         (OSError(errno.ENOMEM, "memory"), False),
@@ -55,6 +61,32 @@ def _plan(method: str):
 )
 def test_only_passing_faults_are_retried(error, passing):
     assert is_passing(error) is passing
+
+
+@pytest.fixture(scope="module")
+def own_prefect(tmp_path_factory):
+    home = tmp_path_factory.mktemp("prefect")
+    ours = {PREFECT_HOME: home, PREFECT_LOCAL_STORAGE_PATH: home / "storage"}
+    with temporary_settings(ours), prefect_test_harness():
+        yield
+
+
+@pytest.mark.usefixtures("own_prefect")
+@pytest.mark.parametrize(
+    ("number", "times", "tries"), [(errno.EIO, 2, 3), (errno.EIO, 9, 3), (errno.ENOSPC, 1, 1)]
+)
+def test_a_passing_fault_is_tried_twice_more_and_a_lasting_one_not(number, times, tries):
+    tried = []
+
+    def work():
+        tried.append(number)
+        if len(tried) <= times:
+            raise OSError(number, "fault")
+
+    soon = _task("trial", work, "trial").with_options(retry_delay_seconds=0)
+    with nullcontext() if times < tries else pytest.raises(OSError, match="fault"):
+        soon()
+    assert len(tried) == tries
 
 
 @pytest.mark.parametrize(
