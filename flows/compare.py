@@ -71,7 +71,8 @@ def compare(
     }
     folder = compare_folder(recipe.name) if out is None else Path(out)
     with opened_run(recipe, folder) as record:
-        data = versioned(recipe)
+        runs = [load_recipe(recipe_path, run.changes(overrides or {})) for run in wanted.runs()]
+        data = versioned(recipe, runs)
         plans = plans_of(recipe_path, wanted, overrides or {}, data.files)
         usual = usual_order(recipe_path)
         require_same_data(others, data, [report_folder(plan.recipe, usual) for _, plan in plans])

@@ -71,7 +71,7 @@ def run_once(
     usual = usual_order(recipe_path)
     folder = report_folder(recipe, usual)
     with opened_run(recipe, folder) as record:
-        data = versioned(recipe)
+        data = versioned(recipe, [recipe])
         require_possible(recipe, data.files)
         plan = plan_run(recipe, data.files)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from prefect import flow
 
 from graftline.data.rows import MODALITIES
+from graftline.planning.problems import files_to_come, require_possible
 from graftline.recipe import Recipe
 from tasks.data import build_data, record_version, validate_data
 from tasks.own_data import import_own_data, in_folder, with_own
@@ -32,15 +33,18 @@ def version_data(
     return record_version(folder, store)
 
 
-def versioned(recipe: Recipe) -> DataVersion:
+def versioned(recipe: Recipe, runs: Sequence[Recipe] = ()) -> DataVersion:
     """The data of a recipe: own sources imported, the data folder versioned where it is used.
 
     Args:
         recipe: the recipe.
+        runs: what is run on them; what stands against one of these is told before data are built.
 
     Raises:
-        GraftlineError: lists every problem by file and row.
+        GraftlineError: lists every problem by key, or by file and row.
     """
+    for run in runs:
+        require_possible(run, files_to_come(run))
     own = import_own_data(recipe)
     folder = in_folder(recipe)
     found = version_data(recipe.data.folder, recipe.store, folder) if folder else None

@@ -12,13 +12,12 @@ from typing import Any
 
 from rich.table import Table
 
-from graftline.data.rows import SPLITS
 from graftline.durable import nearest
 from graftline.errors import GraftlineError
 from graftline.manifest import CorruptArtifact
 from graftline.planning.forecast import Forecast, estimate_row_tokens, forecast
 from graftline.planning.history import spoken
-from graftline.planning.problems import recipe_problems
+from graftline.planning.problems import NOT_BUILT, files_to_come, recipe_problems
 from graftline.planning.run import RunPlan, plan_run
 from graftline.recipe import Recipe
 from graftline.store import Store
@@ -31,7 +30,6 @@ from tasks.steps import by_stage
 
 TYPICAL_ROW_TOKENS = 32.0
 """Of a training row, where the rows are not there to be measured."""
-NOT_BUILT = "not built yet"
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,7 @@ def look_ahead(recipe: Recipe, usual: Sequence[str]) -> Prospect:
     version, complaints = known_data(recipe)
     known = version.files if version else {}
     data = version.md5 if version and all(name in known for name in recipe.order) else NOT_BUILT
-    splits = dict.fromkeys(SPLITS, NOT_BUILT)
-    files = {**dict.fromkeys(recipe.order, splits), **known}
+    files = {**files_to_come(recipe), **known}
     built = is_filled(Path(recipe.data.folder))
     report = report_folder(recipe, usual)
     problems = [*complaints, *recipe_problems(recipe, known if built else files)]

@@ -39,7 +39,7 @@ def several(recipe_path: str, runs: Sequence[Mapping[str, Any]]) -> list[dict[st
     recipes = [load_recipe(recipe_path, changes) for changes in runs]
     folders = [report_folder(recipe, usual_order(recipe_path)) for recipe in recipes]
     with opened_run(recipes[0], folders[0]):
-        data = versioned(recipes[0])
+        data = versioned(recipes[0], recipes)
         plans = [plan_run(recipe, data.files) for recipe in recipes]
         metrics: list[dict[str, Any]] = [{} for _ in runs]
 

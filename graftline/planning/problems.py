@@ -17,6 +17,7 @@ from graftline.recipe import BeyondName, Recipe
 
 _MERGING = ("mera", "merge-only", *get_args(BeyondName))
 _REALIGNING = tuple(method for method, (_, realigns) in HALVES.items() if realigns)
+NOT_BUILT = "not built yet"
 _INNER = ("mera+", "mera-corrected", "mera-distilled")
 
 
@@ -63,6 +64,11 @@ def require_possible(
     """
     if problems := recipe_problems(recipe, data_files, own_start=own_start):
         raise problems_error(recipe.name, problems)
+
+
+def files_to_come(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Stands for the data's files before they are built: modality -> split -> `NOT_BUILT`."""
+    return {modality: dict.fromkeys(SPLITS, NOT_BUILT) for modality in recipe.order}
 
 
 def problems_error(called: object, problems: Sequence[str]) -> GraftlineError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 
 import pytest
@@ -227,6 +228,17 @@ def test_signal_ends_honestly(fresh, number):
     assert ("mera seed 0", "KILLED") in fresh.mlflow(RUNS)
     assert fresh.mlflow("select count(*) from runs where status = 'RUNNING'")[0][0] == 0
     assert fresh.left_over() == []
+
+
+@pytest.mark.usefixtures("one_server")
+@pytest.mark.parametrize("command", [("run",), ("compare", "--methods", "mera,finetune")])
+def test_what_stands_against_a_run_is_told_before_data_are_built(fresh, command):
+    shutil.rmtree(fresh.folder / "data")
+    backbone = ("--set", "backbone.source={folder: absent}")
+    code, text = fresh.run(command[0], "params/tiny.yaml", *command[1:], *backbone)
+    assert code == 1
+    assert "backbone.source: absent" in text and "Traceback" not in text
+    assert not (fresh.folder / "data").exists()
 
 
 @pytest.mark.usefixtures("one_server")
