@@ -28,6 +28,14 @@ from graftline.training.elastic import save_fisher
 
 SETTINGS = PhaseSettings(steps=9, batch_size=4, learning_rate=1e-3, checkpoint_every=2)
 
+GUARDED = {
+    "ewc": ("full", {"strength": 1.0}),
+    "lwf": ("full", {"strength": 1.0, "temperature": 2.0}),
+    "o-lora": ("lora", {"strength": 0.5}),
+    "attention-only": ("attention", {}),
+}
+"""Method -> what of the backbone learns, and its settings."""
+
 
 def run(phase: str, folders: list[Path], die: str) -> None:
     backbone, features, connector, work, out = folders
@@ -50,20 +58,16 @@ def run(phase: str, folders: list[Path], die: str) -> None:
         phases.align(call, SETTINGS, "image", {"tokens": 2, "hidden": 16})
     elif phase == "realign":
         phases.realign(call, SETTINGS, "image", connector, 0.25, "output")
-    elif phase == "ewc":
-        fisher = work.parent / f"{work.name}-fisher"
-        fisher.mkdir(exist_ok=True)
-        named = call.backbone[0].model.layers.named_parameters(prefix="model.layers")
-        ones = {name: torch.full(p.shape, 30.0) for name, p in named}
-        ones["model.norm.weight"] = torch.ones(call.backbone[0].model.norm.weight.shape)
-        save_fisher(fisher, ones, None, 1.0, 1)
+    elif phase in GUARDED:
+        mode, settings = GUARDED[phase]
+        fisher = _fisher(call, work) if phase == "ewc" else None
         guarded.guarded_fine_tune(
             call,
             SETTINGS,
             {"image": connector},
-            guarded.GuardCall("ewc", {"strength": 1.0}, fisher=fisher),
-            mode="full",
-            lora=LoraSettings(),
+            guarded.GuardCall(phase, settings, fisher=fisher),
+            mode=mode,
+            lora=LoraSettings(rank=4, alpha=4),
             connector_learning_rate=1e-3,
             train_embeddings=False,
             result_fingerprint="tuned",
@@ -79,6 +83,17 @@ def run(phase: str, folders: list[Path], die: str) -> None:
             train_embeddings=False,
             result_fingerprint="tuned",
         )
+
+
+def _fisher(call: phases.Call, work: Path) -> Path:
+    """A folder of made-up Fisher information."""
+    fisher = work.parent / f"{work.name}-fisher"
+    fisher.mkdir(exist_ok=True)
+    named = call.backbone[0].model.layers.named_parameters(prefix="model.layers")
+    ones = {name: torch.full(p.shape, 30.0) for name, p in named}
+    ones["model.norm.weight"] = torch.ones(call.backbone[0].model.norm.weight.shape)
+    save_fisher(fisher, ones, None, 1.0, 1)
+    return fisher
 
 
 def _die_at(point: str, number: str) -> None:

@@ -57,7 +57,7 @@ def _weights(out: Path) -> dict[str, bytes]:
     }
 
 
-PHASES = ("align", "full", "lora", "ewc", "realign")
+PHASES = ("align", "full", "lora", "ewc", "lwf", "o-lora", "attention-only", "realign")
 
 
 def _kept(work: Path) -> list[int]:
