@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -141,6 +142,8 @@ def _swap(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.replace(temporary, target)
         return
+    if not os.access(target, os.W_OK):  # it could be moved, and not be removed
+        raise PermissionError(errno.EACCES, "read-only", str(target))
     old = durable.temporary_sibling(target)
     os.replace(target, old)
     try:
@@ -210,7 +213,11 @@ def record_files(folder: Path, data_dvc: Path) -> str:
         )
     content = yaml.safe_load(data_dvc.read_text(encoding="utf-8"))
     content["meta"] = {**(content.get("meta") or {}), "files": sums}
-    durable.atomic_write_text(data_dvc, yaml.safe_dump(content, sort_keys=False))
+    try:
+        durable.atomic_write_text(data_dvc, yaml.safe_dump(content, sort_keys=False))
+    except (OSError, durable.StoreUnwritable) as error:
+        reason = error.__cause__ or error
+        raise GraftlineError(f"cannot write {data_dvc}: {reason}; make it writable") from error
     return expected
 
 

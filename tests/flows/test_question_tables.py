@@ -26,7 +26,7 @@ def _table(path, lines):
 
 def test_each_row_of_a_table_gets_its_own_answer(used, tmp_path, monkeypatch):
     monkeypatch.setattr("graftline.asking.asker.answer_batches", echo)
-    monkeypatch.setattr(using.ask_table, "__defaults__", (5,))  # several batches
+    monkeypatch.setattr(using, "BATCH", 5)  # several batches
     monkeypatch.setattr("graftline.asking.table._SORTED", 2)  # and several times that
     asker, lines, expected = Asker(find_parts(RECIPE, {})), [], []
     for number in range(ROWS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -162,6 +163,23 @@ def test_verify_names_each_file(data: Path) -> None:
         str(data / name) for name in ("audio/test.parquet", "image/test.parquet", "notes.txt")
     ]
     assert [line.split(": ")[1].split()[0] for line in lines] == ["missing", "differs", "too"]
+
+
+def test_a_record_that_cannot_be_written_is_named(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = write_dvc_file(data)
+    for number in (errno.EBUSY, errno.EACCES):
+
+        def replace(*_: object, number: int = number, **__: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", replace)
+            with pytest.raises(GraftlineError, match="cannot write .*data.dvc") as caught:
+                record_files(data, recorded)
+        assert os.strerror(number) in str(caught.value)
+        assert "choose another folder" not in str(caught.value)
 
 
 def test_verify_without_file_list_compares_the_whole(data: Path) -> None:
