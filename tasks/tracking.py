@@ -270,11 +270,13 @@ def log_step(tracked: TrackedRun, step: Step, folder: Path, *, reused: bool) -> 
         if history.get("tokens") and whole:
             speed = history["tokens"] / timing["seconds"]
             metrics.append((f"tokens_per_second.{key}", speed, now, 0))
-    reference = step.reference
-    note = f"{step.kind}/{reference.fingerprint}{' (reused)' if reused else ''}"
+    note = f"{step.kind}/{step.reference.fingerprint}"
     name = f"artifact.{key}"
     if step.kind == "evaluate":  # a stage asks several models about one modality
-        name += f".{reference.fingerprint[:12]}"
+        name += f".{step.reference.fingerprint[:12]}"
+    if reused:  # by a run of this experiment that computed it, if there is one
+        origin = _found_run(tracked.uri, tracked.experiment_id, f"tags.`{name}` = '{note}'")
+        note += f" (reused from {origin})" if origin else " (reused)"
     _tell(tracked.uri, "log", run_id=run_id, metrics=metrics, tags={name: note})
 
 

@@ -50,12 +50,12 @@ def test_methods_are_compared_and_nothing_is_computed_twice(copy):
                 assert metrics["idle_seconds"] < metrics["wall_seconds"]
             assert metrics["training_seconds"] < metrics["computing_seconds"]
             assert metrics["settings"] == metrics["fingerprint"]  # its seed is 0
-    # what is reused was computed for some run, which says so
-    notes = {
-        str(value) for (value,) in copy.mlflow("select value from tags where key like 'artifact.%'")
-    }
-    computed = {note for note in notes if not note.endswith(" (reused)")}
-    assert {note.removesuffix(" (reused)") for note in notes} == computed
+    # what is reused was computed for some run, which says so and is named
+    notes = copy.mlflow("select value, run_uuid from tags where key like 'artifact.%'")
+    computed = {(note, run) for note, run in notes if "reused" not in note}
+    reused = [note for note, _ in notes if "reused" in note]
+    named = {tuple(note.removesuffix(")").split(" (reused from ")) for note in reused}
+    assert named and named <= computed
     # a run is reported while later ones still compute
     first = copy.folder / "reports/tiny/mera/order-image-audio/seed-0/metrics.json"
     last = max(file.stat().st_mtime for file in copy.folder.glob("artifacts/*/*/manifest.json"))
