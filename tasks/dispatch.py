@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ from graftline.stores import is_shared
 from tasks.patience import patiently
 from tasks.preflight import PreflightError
 from tasks.references import Place
-from tasks.steps import note_done
+from tasks.steps import SLOTS_VARIABLE, note_done
 
 DEPLOYMENT = "steps/steps"
 _ATTEMPTS = 4
@@ -49,9 +50,34 @@ def check_machines(recipe: Recipe) -> None:
     Raises:
         GraftlineError: lists what is missing, and how to make it.
     """
+    problems = _limit_problems()
     if recipe.execution.where == "here":
         check_processes(Machine.of(recipe))
-        return
+    else:
+        problems += _dispatch_problems(recipe)
+    if problems:
+        raise PreflightError("\n".join(problems))
+
+
+def _limit_problems() -> list[str]:
+    """A concurrency limit of which steps are to take slots, and which the server does not know."""
+    limit = os.environ.get(SLOTS_VARIABLE)
+    if not limit:
+        return []
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(limit)
+        except ObjectNotFound:
+            return [
+                f"{SLOTS_VARIABLE}: {client.api_url} knows no concurrency limit {limit}; "
+                f"`prefect gcl create {limit} --limit 1` makes one (`graftline deploy` makes gpu), "
+                "or unset the variable"
+            ]
+    return []
+
+
+def _dispatch_problems(recipe: Recipe) -> list[str]:
+    """Why steps cannot go out to workers."""
     problems = []
     if not is_shared(recipe.store) and not Path(recipe.store).is_absolute():
         problems.append(
@@ -67,8 +93,7 @@ def check_machines(recipe: Recipe) -> None:
                 "PREFECT_API_URL to the server that the workers ask and run `graftline deploy` "
                 "once, or use --set execution.where=here"
             )
-    if problems:
-        raise PreflightError("\n".join(problems))
+    return problems
 
 
 @dataclass(frozen=True)

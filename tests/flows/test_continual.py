@@ -242,6 +242,17 @@ def test_what_stands_against_a_run_is_told_before_data_are_built(fresh, command)
 
 
 @pytest.mark.usefixtures("one_server")
+def test_a_concurrency_limit_that_nobody_made_is_named_before_anything_is_computed(
+    fresh, monkeypatch
+):
+    monkeypatch.setenv("GRAFTLINE_CONCURRENCY_LIMIT", "absent")
+    code, text = fresh.run("run", "params/tiny.yaml")
+    assert code == 1
+    assert "knows no concurrency limit absent" in text and "Traceback" not in text
+    assert fresh.artifacts() == {}
+
+
+@pytest.mark.usefixtures("one_server")
 def test_bad_data_stops_before_training(fresh):
     path = fresh.folder / "data/audio/test.parquet"
     path.write_bytes(path.read_bytes()[:-100])
