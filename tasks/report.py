@@ -102,10 +102,8 @@ def write_run_report(
         _note_replaced(folder, old, settings)
         idle = max(0.0, window.seconds - busy_seconds(computed, store, window))
         run = _with_costs(_collect(plan, place, data, window.seconds), plan, store)
-        for path in (
-            folder / "metrics.json",
-            *pictures(folder),
-        ):  # or a kill would leave two runs mixed
+        # Cut short, it leaves none: not new numbers beside old pictures, nor the reverse.
+        for path in (folder / "metrics.json", *pictures(folder)):
             path.unlink(missing_ok=True)
         metrics = write_report(folder, replace(run, idle_seconds=idle, settings=settings))
     if not all(path.exists() for path in pictures(folder)) or metrics is not old:
