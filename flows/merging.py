@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from graftline.errors import GraftlineError
 from graftline.exchange.adapter_folders import is_adapter, write_expert
 from graftline.exchange.kinship import require_kin
 from graftline.merging.checkpoints import open_checkpoint
-from graftline.merging.companions import RECORD, companions_of
+from graftline.merging.companions import companions_of, read_record
 from graftline.merging.elsewhere import fetch_checkpoint, is_elsewhere
 from graftline.merging.streaming import MergeReport, MergeRequest, merge_checkpoints
 from graftline.progress import shown
@@ -88,9 +87,9 @@ def _require_intact(request: MergeRequest) -> None:
     Raises:
         GraftlineError: names the files that are not what was merged.
     """
-    files: Mapping[str, Mapping[str, str]] = json.loads((request.out / RECORD).read_bytes())[
-        "files"
-    ]
+    record = read_record(request.out)
+    assert record is not None  # by which it was found to be finished
+    files: Mapping[str, Mapping[str, str]] = record["files"]
     changed = [
         name
         for name, each in files.items()
