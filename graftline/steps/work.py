@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from graftline.recipe import PhaseSettings, Recipe
 from graftline.store import Artifact
 from graftline.team import current
 from graftline.training import elastic, optimizer, phases
+from graftline.training.passes import within_passes
 
 CORES = torch.get_num_threads()
 _ON_CPU, _ON_GPU = optimizer.PIECE, 1 << 26
@@ -132,20 +132,14 @@ def load(work: Work) -> tuple[Any, Any]:
 
 
 def realign_settings(work: Work) -> PhaseSettings:
-    """A realigning step's settings of the loop: as many steps as its passes over the replay allow.
-
-    Few rows that are seen again and again are learned by heart, and the connector with them: on the
-    starter, 80 steps over 32 rows end below no realigning at all.
-    """
+    """A realigning step's settings of the loop, shorter where its passes over the replay say so."""
     parameters = work.step.parameters
-    settings = phase_settings(parameters)
-    passes = parameters.get("passes")
+    settings, passes = phase_settings(parameters), parameters.get("passes")
     if passes is None:
         return settings
     rows = train_rows(work.role("features")[parameters["modality"]])
     kept = len(replay_rows(rows, seen_share(work), parameters["seed"]))
-    most = math.ceil(passes * math.ceil(kept / settings.batch_size))
-    return settings.model_copy(update={"steps": min(settings.steps, most)})
+    return within_passes(settings, passes, kept)
 
 
 def seen_share(work: Work) -> float:
