@@ -35,9 +35,20 @@ def distilled(planner: RealignPlanner, turn: Turn, replay: float) -> Model:
         statistics, share = None, 0.0
         if name != turn.modality or own == "drawn":
             stage = 1 + list(turn.learned).index(name)
-            statistics = planner.statistics(turn.learned[name], name, stage)
+            statistics = planner.statistics(_recorded(planner, turn, name), name, stage)
             share = replay
         first = turn.ended.get(name) if teacher == "first" else None
         old = first or turn.taught_by(name)
         connectors[name] = planner.distil(turn.model, name, turn.stage, old, statistics, share)
     return replace(turn.model, connectors=connectors)
+
+
+def _recorded(planner: RealignPlanner, turn: Turn, modality: str) -> Model:
+    """The model whose connector's inner vectors stay what they are.
+
+    That of naive fine-tuning, as later steps train last layers alone; unless all of the connector
+    was realigned at its own stage, whose end is recorded then.
+    """
+    all_learns = planner.recipe.realign.part == "all" and planner.recipe.distil.own == "answers"
+    ended = turn.ended.get(modality) if all_learns else None
+    return ended or turn.learned[modality]

@@ -73,7 +73,7 @@ def connector_drifts(
     for stage in stages:
         name = stage.modality
         old = last.vanilla if stage is last else before
-        recorded = steps.statistics(stage.vanilla or stage.final, name, stage.index)
+        recorded = steps.statistics(old, name, stage.index)
         execute(steps.steps[recorded], store, machine)
         found.append(asking.compare(name, old, last.merged, recorded))
     return found

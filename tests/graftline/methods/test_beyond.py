@@ -75,6 +75,18 @@ def test_the_new_modality_may_be_realigned_as_mera_does_on_rows_that_are_at_hand
         assert "fraction" not in step.parameters  # all rows; none is kept for later
 
 
+@pytest.mark.parametrize(("part", "ends"), [("output", "vanilla"), ("all", "final")])
+def test_what_is_recorded_is_what_the_last_layer_goes_on_to_read(part: str, ends: str) -> None:
+    """Where all of a connector is realigned at its own stage, its inner layers are other ones."""
+    run = plan("mera+", **{"realign.part": part})
+    stages = {stage.modality: stage for stage in run.stages}
+    assert len(of_kind(run, "statistics")) == 3
+    for step in of_kind(run, "statistics"):
+        name = step.parameters["modality"]
+        model = getattr(stages[name], ends)
+        assert step.parents[f"connector.{name}"] == model.connectors[name]
+
+
 def test_a_connector_is_taught_by_the_model_that_it_was_trained_in() -> None:
     run = plan("mera-distilled", **{"distil.own": "drawn"})
     for before, stage in zip(run.stages, run.stages[1:], strict=False):
