@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from graftline.data.files import read_file
 from graftline.data.kinds import check_size, decode_media
 from graftline.data.rows import SAMPLE_RATE, MediaError, decode
-from graftline.data.sources.fitting import REMEDIES, upright
-from graftline.data.wav import as_mono, fitted, wav_layout
+from graftline.data.sources.fitting import REMEDIES, mono_sound, upright
+from graftline.data.wav import fitted, wav_layout
 from graftline.errors import GraftlineError
 from graftline.model.clips import CLIPS
 
@@ -80,7 +80,7 @@ def _sound(content: bytes, seconds: int | None) -> tuple[NDArray[np.float32], tu
     if (channels, bits, rate) == (1, 16, SAMPLE_RATE):
         samples = decode(content, "audio")
     else:
-        samples = as_mono(content, seconds)
+        samples = mono_sound(content, seconds)
         notes.append(f"{channels} channel(s), {bits} bits, {rate} Hz became mono at 16 kHz")
     if seconds is None or (len(samples) == seconds * SAMPLE_RATE and length <= seconds):
         return samples, tuple(notes)

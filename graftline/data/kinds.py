@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import EpsImagePlugin
 
 from graftline.data.rows import MediaError, decode
 
@@ -20,6 +21,7 @@ SMALLEST = {
     FEATURES: (1, 1),
 }
 """Least length of each axis of a decoded medium."""
+EpsImagePlugin.gs_binary = False  # a picture is data: Pillow would have Ghostscript run PostScript
 _DTYPES = ("float16", "float32")
 _HEADERS: dict[tuple[int, int], Any] = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -64,7 +66,7 @@ def decode_features(media: bytes) -> NDArray[Any]:
         shape, by_columns, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
     except Exception as error:
         raise MediaError(f"not a readable npy file ({len(media)} bytes): {error}") from error
-    if dtype.name not in _DTYPES or len(shape) != 2 or 0 in shape:
+    if dtype.name not in _DTYPES or len(shape) != 2 or min(shape) < 1:
         raise MediaError(
             f"an array of {dtype} {tuple(shape)}; features are float16 or float32 (tokens, width)"
         )

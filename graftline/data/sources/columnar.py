@@ -171,9 +171,14 @@ class HubSource:
 
         settings = self._settings
         try:
-            found = datasets.load_dataset(
+            builder = datasets.load_dataset_builder(
                 settings.hub, name=settings.config, revision=settings.revision
             )
+            # Without a connection `datasets` takes whatever commit lies in its cache.
+            if builder.hash != settings.revision:
+                raise FileNotFoundError(f"its cache holds another commit, {builder.hash}")
+            builder.download_and_prepare()
+            found = builder.as_dataset()
         except Exception as error:  # of requests, huggingface_hub, fsspec, pyarrow ...
             raise GraftlineError(
                 f"{settings.hub}: the hub's data set cannot be had at {settings.revision} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import wave
 from typing import Any
 
 import numpy as np
@@ -110,5 +111,24 @@ def _wav(content: bytes, most: float) -> bytes:
     layout = wav_layout(content, most)
     if layout[:3] == (1, 16, SAMPLE_RATE):
         return content
-    samples = np.clip(np.rint(as_mono(content).astype(np.float64) * 32768), -32768, 32767)
+    samples = np.clip(np.rint(mono_sound(content).astype(np.float64) * 32768), -32768, 32767)
     return encode_wav(samples.astype(np.int16))
+
+
+def mono_sound(content: bytes, seconds: int | None = None) -> NDArray[np.float32]:
+    """What `as_mono` makes of a WAV of which all is there.
+
+    Args:
+        content: a WAV that `wav_layout` lets pass, which counts the header as sound.
+        seconds: of a clip, so much of its start alone.
+
+    Raises:
+        MediaError: the last samples are missing, or are of a width that is not read.
+    """
+    with wave.open(io.BytesIO(content), "rb") as stream:
+        count = stream.getnframes()
+        promised = count * stream.getnchannels() * stream.getsampwidth()
+        found = len(stream.readframes(count))
+    if found < promised:
+        raise MediaError(f"is cut off: it has {found} of {promised} bytes of sound")
+    return as_mono(content, seconds)

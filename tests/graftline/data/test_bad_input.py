@@ -299,6 +299,8 @@ def test_an_npy_header_may_promise_what_it_likes() -> None:
     np.save(stream, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(MediaError):
         decode_features(stream.getvalue())
+    with pytest.raises(MediaError, match=r"\(-3, -5\)"):
+        decode_features(content.replace(b"(3, 5)", b"(-3, -5)").replace(b"  \n", b"\n"))
 
 
 TEXTS = [
@@ -353,3 +355,39 @@ def test_imports_of_other_machines_are_left_alone(tmp_path: Path) -> None:
     request = Request("photo", "image", SourceSettings(folder=str(tmp_path / "mine")))
     rows_of(request, store, hashes_of(store))
     assert sorted(work.glob(".tmp-*")) == sorted([theirs, living])
+
+
+@pytest.mark.parametrize(("channels", "width", "missing"), [(2, 2, 1), (2, 2, 4), (1, 3, 40)])
+def test_a_sound_whose_last_samples_are_missing_is_named_or_skipped(
+    tmp_path: Path, channels: int, width: int, missing: int
+) -> None:
+    """So few that the file is as long as its header promises of sound alone."""
+    folder = tmp_path / "mine"
+    make_folder(folder, "audio", count=8)
+    whole = sound(440.0, 44_100, channels, width)
+    [named] = [path for path in folder.glob("*.wav") if path.stem.endswith("4")]
+    named.write_bytes(whole[:-missing])
+    source = {"folder": str(folder), "question": "What?"}
+    found, _ = import_into(tmp_path / "a", "audio", "audio", **source)
+    [problem] = found.problems
+    assert str(named) in problem or named.name in problem
+    assert "is cut off" in problem
+    found, rows = import_into(tmp_path / "b", "audio", "audio", bad_rows="skip", **source)
+    assert sum(len(rows[split]) for split in rows) == 7
+
+
+def test_no_picture_starts_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow has Ghostscript read PostScript, whatever a file is called."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/was-run\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    folder = tmp_path / "mine"
+    make_folder(folder, count=8)
+    drawing = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 24\n%%EndComments\nshowpage\n"
+    [named] = [path for path in folder.glob("*.png") if path.stem.endswith("4")]
+    named.write_bytes(drawing)
+    found, _ = import_into(tmp_path / "out", folder=str(folder), question="What?")
+    assert len(found.problems) == 1
+    assert not (tmp_path / "was-run").exists()

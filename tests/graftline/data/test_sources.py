@@ -7,6 +7,7 @@ import os
 import shutil
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -165,12 +166,15 @@ def test_a_data_set_of_the_hub_is_read_at_its_commit(
         }
     )
 
-    def load(path: str, **words: object) -> datasets.DatasetDict:
-        asked.update(words, path=path)
-        return parts
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
     commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def load(path: str, **words: object) -> SimpleNamespace:
+        asked.update(words, path=path)
+        return SimpleNamespace(
+            hash=commit, download_and_prepare=lambda: None, as_dataset=lambda: parts
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
     found, rows = import_into(tmp_path / "out", hub="lab/photos", revision=commit, config="small")
     assert asked == {"path": "lab/photos", "name": "small", "revision": commit}
     assert found.counts == {
@@ -183,9 +187,31 @@ def test_a_data_set_of_the_hub_is_read_at_its_commit(
     def refuse(path: str, **words: object) -> None:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
     with pytest.raises(GraftlineError, match=r"lab/photos.*no route"):
         import_into(tmp_path / "again", hub="lab/photos", revision=commit)
+
+
+def test_another_commit_of_the_hub_in_the_cache_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `datasets` lays out its cache; it takes the newest there when it finds no connection."""
+    fetched, asked = "a" * 40, "b" * 40
+    table = pa.table({"image": [picture(0)], "caption": ["of another commit"]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    files = {"train": str(tmp_path / "rows.parquet")}
+    datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "made"))
+    [made] = (tmp_path / "made").glob("parquet/*/*/*/dataset_info.json")
+    held = tmp_path / "cache/lab___photos/default/0.0.0" / fetched
+    shutil.copytree(made.parent, held)
+    (held / "parquet-train.arrow").rename(held / "photos-train.arrow")
+    info = json.loads((held / "dataset_info.json").read_text())
+    info |= {"builder_name": "photos", "dataset_name": "photos"}
+    (held / "dataset_info.json").write_text(json.dumps(info))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(GraftlineError, match=f"another commit, {fetched}.*HF_HUB_OFFLINE=0"):
+        import_into(tmp_path / "out", hub="lab/photos", revision=asked)
 
 
 def test_conversations_become_rows_without_their_marks(tmp_path: Path) -> None:
