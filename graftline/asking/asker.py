@@ -177,9 +177,15 @@ class Asker:
             collated = collate([prompts[p] for p in near], media, self._prompts[0].pad_id)
             batches.append((near, collated))
         with self._one_at_a_time:
-            return answer_batches(
-                self.loaded, batches, max_new_tokens=self.max_new_tokens, label=label
-            )
+            try:
+                return answer_batches(
+                    self.loaded, batches, max_new_tokens=self.max_new_tokens, label=label
+                )
+            except torch.OutOfMemoryError as error:
+                raise GraftlineError(
+                    f"{self._device}: has no memory left; ask for fewer at once, or take "
+                    "`--device cpu`"
+                ) from error
 
     def encode(self, turns: Sequence[Turn]) -> EncodedPrompt:
         """A conversation as the model reads it; what its media hold does not matter.

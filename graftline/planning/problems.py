@@ -36,7 +36,10 @@ def recipe_problems(
     """
     backbone = backbone_problem(recipe.backbone.source) if own_start else None
     problems = [f"backbone.source: {backbone}"] if backbone else []
+    connectors = torch.nn.ModuleDict()
     for modality in recipe.order:
+        if hasattr(connectors, modality):
+            problems.append(f"modalities.{modality}: torch calls a part of models so; rename it")
         found = encoder_problem(recipe.modality(modality).encoder, recipe.kind_of(modality))
         problems += [f"modalities.{modality}.encoder: {found}"] if found else []
         missing = [split for split in SPLITS if split not in data_files.get(modality, {})]

@@ -99,6 +99,12 @@ def execute(step: Step, store: Store, machine: Machine) -> Artifact:
         with track(step.title, 1) if step.kind in _AT_ONCE else nullcontext() as advance:
             try:
                 run(Work(step, parents, machine, folder, out))
+            except torch.OutOfMemoryError as error:
+                raise GraftlineError(
+                    f"{step.title}: {machine.torch_device} has no memory left. Take "
+                    "execution.slots: 1, a smaller batch_size, or execution.processes with "
+                    "shard: true; what is finished is kept."
+                ) from error
             finally:
                 _free_gpu()
             if advance is not None:

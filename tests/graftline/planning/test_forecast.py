@@ -126,6 +126,13 @@ def test_all_problems_come_at_once():
     assert recipe_problems(_tiny(), FILES) == []
 
 
+def test_a_modality_is_not_called_what_torch_calls_a_part_of_models():
+    encoder = {"encoder": "efficientnet-lite0", "media": "image"}
+    changes = {"order": ["image", "values"], "modalities.values": encoder}
+    found = recipe_problems(_tiny(**changes), {**FILES, "values": FILES["image"]})
+    assert found == ["modalities.values: torch calls a part of models so; rename it"]
+
+
 def test_a_device_without_float64_is_refused_for_runs():
     [problem] = recipe_problems(_tiny(**{"execution.device": "mps"}), FILES)
     assert problem.startswith("execution.device: mps has no float64")

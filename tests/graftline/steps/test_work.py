@@ -128,6 +128,19 @@ def test_a_step_leaves_no_memory_of_a_gpu_taken(
     assert given_back == [True]
 
 
+def test_a_device_without_memory_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(work: Work) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setitem(RUNNERS, "backbone", compute)
+    plan = plan_run(load_recipe(TINY, {"order": ["image", "audio"]}), FILES)
+    step = next(each for each in plan.steps.values() if each.kind == "backbone")
+    with pytest.raises(GraftlineError, match=r"no memory left. Take execution.slots: 1"):
+        execute(step, Store(tmp_path), Machine(tmp_path, "cpu"))
+
+
 def test_a_step_trains_in_pieces_that_suit_its_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
