@@ -18,6 +18,7 @@ from mlflow.entities import (
     Dataset,
     DatasetInput,
     InputTag,
+    LifecycleStage,
     LoggedModelStatus,
     Metric,
     Param,
@@ -67,9 +68,11 @@ def _perform_once(client: MlflowClient, operation: str, arguments: Mapping[str, 
 
 
 def create_experiment(client: MlflowClient, name: str, location: str | None) -> str:
-    """Returns the id of an experiment, made if absent."""
+    """Returns the id of an experiment, made if absent, and restored if it was deleted."""
     found = client.get_experiment_by_name(name)
     if found is not None:
+        if found.lifecycle_stage != LifecycleStage.ACTIVE:
+            client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
     return str(client.create_experiment(name, artifact_location=location))
 

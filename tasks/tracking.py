@@ -60,19 +60,20 @@ def _journal(uri: str, folder: Path) -> Journal:
     return Journal(folder / f"journal-{name}.jsonl", partial(perform, _client(uri)))
 
 
-def _is_server(uri: str) -> bool:
+def is_server(uri: str) -> bool:
+    """Whether runs are recorded by a server, not in a database of this machine."""
     return uri.startswith(("http:", "https:"))
 
 
 def _tell(uri: str, operation: str, **arguments: Any) -> str:
     """Carries out one of `OPERATIONS`; where a server is away, it is noted and told later."""
-    if not _is_server(uri):
+    if not is_server(uri):
         return OPERATIONS[operation](_client(uri), **arguments) or ""
     return _journal(uri, FOLDER.absolute()).call(operation, **arguments)
 
 
 def _new_run(uri: str, experiment_id: str, tags: Mapping[str, str]) -> str:
-    entry = {ENTRY: uuid.uuid4().hex} if _is_server(uri) else {}
+    entry = {ENTRY: uuid.uuid4().hex} if is_server(uri) else {}
     return _tell(
         uri,
         "create_run",
@@ -85,7 +86,7 @@ def _new_run(uri: str, experiment_id: str, tags: Mapping[str, str]) -> str:
 def deliver(seconds: float = 0.0) -> bool:
     """Tells a tracking server what it missed, waiting so long for it; says if nothing is left."""
     uri = tracking_uri()
-    return not _is_server(uri) or _journal(uri, FOLDER.absolute()).deliver_within(seconds)
+    return not is_server(uri) or _journal(uri, FOLDER.absolute()).deliver_within(seconds)
 
 
 def experiment(name: str) -> tuple[str, str]:
@@ -193,7 +194,7 @@ def _found_run(uri: str, experiment_id: str, query: str) -> str | None:
     try:
         found = _client(uri).search_runs([experiment_id], query, max_results=1)
     except MlflowException:
-        if _is_server(uri):
+        if is_server(uri):
             return None
         raise
     return str(found[0].info.run_id) if found else None
@@ -202,7 +203,7 @@ def _found_run(uri: str, experiment_id: str, query: str) -> str | None:
 def running_runs(experiment_name: str) -> list[tuple[str, str]]:
     """Ids in MLflow and in Prefect of a server's unfinished runs; none where it is away."""
     uri = tracking_uri()
-    if not _is_server(uri):
+    if not is_server(uri):
         return []
     with suppress(MlflowException):
         found = _client(uri).get_experiment_by_name(experiment_name)

@@ -18,13 +18,17 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from graftline.errors import GraftlineError
+from graftline.object_urls import without_credentials
 from graftline.steps.supervised import start_child, stop_child, when_parent_ends
 from tasks import environment
 from tasks.server import START_SECONDS, Server
+from tasks.tracking import FOLDER, is_server, tracking_uri
 
 
 def serve_both(mlflow_port: int, prefect_port: int, say: Callable[[str], None]) -> None:
     """Serves the MLflow UI and the Prefect UI until SIGINT or SIGTERM.
+
+    Where `MLFLOW_TRACKING_URI` or `PREFECT_API_URL` names a server, that one is told instead.
 
     Args:
         mlflow_port: port for MLflow; 0 chooses a free one.
@@ -37,20 +41,25 @@ def serve_both(mlflow_port: int, prefect_port: int, say: Callable[[str], None]) 
     environment.prepare()
     for name, port in (("--mlflow-port", mlflow_port), ("--prefect-port", prefect_port)):
         require_free(name, port)
-    mlflow_port = mlflow_port or free_port()
-    child = start_child(["-m", "tasks.ui", str(mlflow_port)])
+    elsewhere, mlflow_port = tracking_uri(), mlflow_port or free_port()
+    child = None
+    if not is_server(elsewhere):
+        child = start_child(["-m", "tasks.ui", str(mlflow_port)])
     try:
         with Server(with_ui=True, port=prefect_port) as prefect:
-            _wait(f"http://127.0.0.1:{mlflow_port}/health", child)
+            own = f"http://127.0.0.1:{mlflow_port}"
+            if child is not None:
+                _wait(f"{own}/health", child)
             url = prefect.wait().removesuffix("/api")
-            say(f"MLflow:  http://127.0.0.1:{mlflow_port}")
+            say(f"MLflow:  {own if child is not None else without_credentials(elsewhere)}")
             say(f"Prefect: {url}")
-            say("Ctrl-C stops both.")
-            while child.poll() is None:
+            say("Ctrl-C stops what was started here.")
+            while child is None or child.poll() is None:
                 time.sleep(0.2)
             raise GraftlineError("the MLflow UI ended by itself; start `graftline ui` again")
     finally:
-        stop_child(child)
+        if child is not None:
+            stop_child(child)
 
 
 def require_free(option: str, port: int) -> None:
@@ -87,8 +96,6 @@ def _wait(url: str, child: subprocess.Popen[str]) -> None:
 
 def _serve_mlflow(port: int) -> None:
     """The child: runs MLflow's server and ends it, workers and all, with the parent."""
-    from tasks.tracking import FOLDER, tracking_uri
-
     FOLDER.mkdir(exist_ok=True)
     arguments = [
         sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port),

@@ -31,7 +31,7 @@ def served(copy: Project) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     process = copy.start("ui", "--mlflow-port", "0", "--prefect-port", "0")
     try:
         text = ""
-        while "Ctrl-C stops both" not in text:
+        while "Ctrl-C stops" not in text:
             line = process.stdout.readline()
             assert line, text
             text += line
@@ -58,3 +58,21 @@ def test_both_pages_are_served_until_ctrl_c(copy: Project, served) -> None:
     for url in (mlflow, prefect):
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) != 0
+
+
+def test_a_tracking_server_elsewhere_is_named_and_not_started_again(
+    copy: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = {"MLFLOW_TRACKING_URI": "http://me:secret@tracking.invalid:5000"}
+    surroundings = copy.environment() | elsewhere
+    monkeypatch.setattr(Project, "environment", lambda _: surroundings)
+    process = copy.start("ui", "--mlflow-port", "0", "--prefect-port", "0")
+    try:
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert lines[0].split() == ["MLflow:", "http://tracking.invalid:5000"]
+        assert "Prefect: http://127.0.0.1" in lines[1]
+    finally:
+        process.send_signal(signal.SIGINT)
+        text = process.communicate(timeout=60)[0]
+    assert "secret" not in "".join([*lines, text])
+    assert copy.left_over() == []

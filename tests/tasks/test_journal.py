@@ -202,6 +202,15 @@ def test_mlflow_learns_what_it_missed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list((tmp_path / "files").rglob("metrics.json"))
 
 
+def test_a_deleted_experiment_is_restored(tmp_path: Path) -> None:
+    """MLflow finds it by its name and takes no run for it."""
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    made = mlflow_calls.create_experiment(client, "tiny", tmp_path.as_uri())
+    client.delete_experiment(made)
+    assert mlflow_calls.create_experiment(client, "tiny", None) == made
+    mlflow_calls.create_run(client, made, {}, 0)
+
+
 @pytest.mark.slow
 def test_who_loses_a_race_finds_what_the_other_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
