@@ -12,6 +12,7 @@ from prefect import flow
 from flows.continual import carry_out_run, opened_run
 from flows.data import versioned
 from graftline.asking.bundle import refuse_existing
+from graftline.errors import GraftlineError
 from graftline.exchange.adding import check_recipe, plan_addition, take_in
 from graftline.planning.problems import require_possible
 from graftline.settings.reading import load_recipe
@@ -37,10 +38,15 @@ def add(recipe_path: str, model: str, out: str, overrides: Mapping[str, Any] | N
         The report's folder.
 
     Raises:
-        GraftlineError: `out` is there, or the model cannot grow by this recipe; finished steps are
-            kept.
+        GraftlineError: `out` is there, the model cannot grow by this recipe, or steps are to go
+            out to workers; finished steps are kept.
     """
     recipe = load_recipe(recipe_path, overrides)
+    if recipe.execution.where == "workers":
+        raise GraftlineError(
+            "execution.where: workers plan whole runs, not one more stage of an exported model; "
+            "compute it on this machine with --set execution.where=here"
+        )
     origin, target = Path(model), Path(out)
     refuse_existing(target)
     known = check_recipe(recipe, origin)

@@ -78,7 +78,7 @@ def _limit_problems() -> list[str]:
 
 def _dispatch_problems(recipe: Recipe) -> list[str]:
     """Why steps cannot go out to workers."""
-    problems = []
+    problems = place_problems(recipe)
     if not is_shared(recipe.store) and not Path(recipe.store).is_absolute():
         problems.append(
             f"store: {recipe.store}: other machines do not see this folder; name an object store "
@@ -94,6 +94,19 @@ def _dispatch_problems(recipe: Recipe) -> list[str]:
                 "once, or use --set execution.where=here"
             )
     return problems
+
+
+def place_problems(recipe: Recipe) -> list[str]:
+    """Weights of the user's own that only this machine finds: workers read them, too."""
+    models: dict[str, Any] = {"backbone.source": recipe.backbone.source}
+    models |= {f"modalities.{name}.encoder": recipe.modality(name).encoder for name in recipe.order}
+    return [
+        f"{key}.{given}: {place}: other machines do not see this place; name the absolute path of "
+        "one that all machines share"
+        for key, model in models.items()
+        for given in ("folder", "gguf")
+        if (place := getattr(model, given, None)) is not None and not Path(place).is_absolute()
+    ]
 
 
 @dataclass(frozen=True)

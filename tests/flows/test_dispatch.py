@@ -6,12 +6,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from flows.adding import add
 from flows.dispatch import HERE, sent_out, step_job
 from flows.slots import Job
 from flows.steps import plan_of
+from graftline.errors import GraftlineError
 from graftline.planning.run import RunPlan, plan_run
 from graftline.settings.reading import load_recipe
 from graftline.steps.work import Machine
+from tasks.dispatch import place_problems
 from tasks.references import DataVersion, Place
 from tasks.steps import by_stage, publish_rows
 
@@ -99,3 +104,20 @@ def test_a_worker_makes_the_same_plan_where_a_method_has_settings_of_its_own(tmp
         there = plan_of(sent["recipe"], sent["common"], job.arguments["data_files"])
         assert {step.reference for step in job.arguments["chain"].steps} <= there.steps.keys()
         assert there.fingerprint == plan.fingerprint
+
+
+def test_weights_that_only_this_machine_finds_are_told_before_anything_goes_out():
+    encoder = {"encoder": {"source": "transformers", "folder": "models/clip"}, "media": "image"}
+    changes = {"backbone.source": "./llm", "modalities.photo": encoder, "order": ["photo", "audio"]}
+    problems = place_problems(load_recipe(TINY, changes))
+    assert [problem.partition(": ")[0] for problem in problems] == [
+        "backbone.source.folder", "modalities.photo.encoder.folder",
+    ]  # fmt: skip
+    encoder["encoder"]["folder"] = "/shared/clip"
+    assert place_problems(load_recipe(TINY, {**changes, "backbone.source": "/shared/llm"})) == []
+
+
+def test_a_stage_that_is_added_to_a_model_does_not_go_out(tmp_path: Path):
+    workers = {"execution.where": "workers", "store": str(tmp_path / "store")}
+    with pytest.raises(GraftlineError, match="execution.where=here"):
+        add.fn(str(TINY), str(tmp_path / "model"), str(tmp_path / "out"), workers)
