@@ -1,4 +1,4 @@
-"""A model as one folder of its own: everything but the encoders' pinned parts, all of it sealed.
+"""A model as one folder of its own: all but what is pinned elsewhere, and all of it sealed.
 
 - `model.json`: what it is and how its parts go together
 - `manifest.json`: sha256, size and tensors of every file, written last
@@ -7,7 +7,7 @@
 - `backbone/`: a plain `transformers` folder; what text meets
 - `connectors/`: one a modality, with its record
 - `base/`, `experts/<modality>/`, `adapters/<modality>/`: where media meet weights of their own
-- `encoder/`: of a model that was taken apart
+- `encoders/<modality>/`: encoders that were read from a folder; `encoder/` of a model taken apart
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from graftline.manifest import (
     verify_folder,
 )
 from graftline.model.efficientnet import FrameEncoder, ImageEncoder
+from graftline.model.pretrained import model_files
 from graftline.model.whisper import WhisperAudioEncoder
 from graftline.progress import track
 
@@ -83,17 +84,32 @@ class EncoderDescription(_Described):
 
     def located(self, bundle: Path) -> EncoderDescription:
         """The same, found from anywhere, if its weights lie in the model's own folder."""
-        weights = (self.own or {}).get("weights", {})
-        if not str(weights.get("folder", "")).startswith(INSIDE):
+        if self.folder is None or not self.folder.startswith(INSIDE):
             return self
-        folder = str((bundle / weights["folder"]).resolve())
-        return self.moved(folder, f"transformers:{folder}")
+        folder = str((bundle / self.folder).resolve())
+        return self.moved(folder, folder)
 
-    def moved(self, folder: str, name: str) -> EncoderDescription:
-        """The same, with its weights in another folder."""
+    @property
+    def folder(self) -> str | None:
+        """Where its weights lie, if they were read from a folder."""
+        found = (self.own or {}).get("weights", {}).get("folder")
+        return None if found is None else str(found)
+
+    def moved(self, folder: str, called: str) -> EncoderDescription:
+        """The same, with its weights in another folder, and called otherwise behind its library."""
         own = self.own or {}
         there = {key: {**own[key], "folder": folder} for key in ("settings", "weights")}
+        name = f"{self.name.partition(':')[0]}:{called}"
         return self.model_copy(update={"name": name, "own": {**own, **there}})
+
+    def inside(self, modality: str) -> EncoderDescription:
+        """The same, with its weights where the model's own folder holds them."""
+        return self.moved(f"{INSIDE}{encoder_place(modality)}", "encoder")
+
+    def files(self) -> list[Path]:
+        """What is read of the folder of its weights."""
+        code = bool((self.own or {}).get("settings", {}).get("trust_remote_code"))
+        return [] if self.folder is None else model_files(Path(self.folder), code)
 
 
 class Description(_Described):
@@ -129,6 +145,11 @@ class Description(_Described):
     )
 
 
+def encoder_place(modality: str) -> str:
+    """Where a model's folder holds a modality's encoder."""
+    return f"encoders/{modality}"
+
+
 def describe_encoders(parts: Parts) -> dict[str, EncoderDescription]:
     """The encoders of a model by modality, each with its pinned part."""
     return {
@@ -159,6 +180,8 @@ def write_bundle(
 ) -> None:
     """Copies a model's parts into one folder that appears whole or not at all.
 
+    Encoders that were read from a folder go with it; those of a hub or the starter's are pinned.
+
     Args:
         parts: the model.
         description: what it is.
@@ -170,7 +193,13 @@ def write_bundle(
         GraftlineError: the folder is there already, or cannot be written.
     """
     refuse_existing(out)
-    copies = list(_copies(parts))
+    copies, held = _copies(parts), dict(description.encoders)
+    for modality, encoder in description.encoders.items():
+        if encoder.folder is not None:
+            place = encoder_place(modality)
+            copies += [(file, f"{place}/{file.name}") for file in encoder.files()]
+            held[modality] = encoder.inside(modality)
+    description = description.model_copy(update={"encoders": held})
     try:
         with durable.new_folder(out) as temporary:
             with track(f"export {out.name}", len(copies)) as advance:

@@ -16,9 +16,9 @@ from typing import Any
 
 from graftline import durable
 from graftline.asking.bundle import (
-    INSIDE,
     Description,
     EncoderDescription,
+    encoder_place,
     read_description,
     refuse_existing,
     sealed_as,
@@ -206,7 +206,7 @@ def _placed(member: _Member, modality: str) -> EncoderDescription:
     encoder = member.description.encoders[modality]
     if member.own_encoder(modality) is None:
         return encoder
-    return encoder.moved(f"{INSIDE}encoders/{modality}", "transformers:encoder")
+    return encoder.inside(modality)
 
 
 def _copy_parts(members: Sequence[_Member], out: Path) -> None:
@@ -218,4 +218,4 @@ def _copy_parts(members: Sequence[_Member], out: Path) -> None:
                 shutil.copyfile(member.folder / "connectors" / file, out / "connectors" / file)
             own = member.own_encoder(name)
             if own is not None:
-                shutil.copytree(own, out / "encoders" / name)
+                shutil.copytree(own, out / encoder_place(name))

@@ -142,10 +142,20 @@ def folder_digest(folder: Path, code: bool = False) -> str:
     if not folder.is_dir():
         raise GraftlineError(f"{folder}: there is no such folder")
     require_safetensors(folder)
-    patterns = [*_COMPANIONS, "*.py"] if code else _COMPANIONS
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    lines = [f"{path.name} {file_digest(path)}" for path in files if path.is_file()]
+    lines = [f"{path.name} {file_digest(path)}" for path in model_files(folder, code)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def model_files(folder: Path, code: bool = False) -> list[Path]:
+    """Files of a model folder that are read, sorted; whatever else lies there is not.
+
+    Args:
+        folder: the model's.
+        code: whether Python files count too.
+    """
+    patterns = [*_COMPANIONS, "*.py"] if code else _COMPANIONS
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file())
 
 
 def file_digest(path: Path) -> str:

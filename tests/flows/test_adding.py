@@ -93,6 +93,13 @@ def test_mera_adds_a_modality_to_a_model_that_was_taken_apart(used, tmp_path):
     described = read_description(tmp_path / "grown")
     assert (described.stage, described.order) == (2, ("image", "audio"))
     assert described.grown_from == content_digest(tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts")
+    assert (tmp_path / "grown/encoders/image/model.safetensors").is_file()
+    assert (
+        read_bundle(tmp_path / "grown")
+        .encoders["image"]["weights"]["folder"]
+        .endswith("/grown/encoders/image")
+    )
     assert Asker(grown).read(used / medium("audio"), "audio").modality == "audio"
 
 

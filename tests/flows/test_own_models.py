@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flows.cli import app
+from graftline.asking import bundle
 from graftline.data.rows import schema
 from graftline.errors import GraftlineError
 from graftline.model.backbone import make_tiny
@@ -124,11 +125,18 @@ def test_a_run_with_models_of_ones_own(fresh, monkeypatch, tmp_path):
     np.save(folder / "machine.npy", np.zeros((64, 3), np.float32))
     sensor = ("--show", "vibration=machine.npy", "How does the machine run?")
     assert _called("ask", "bundle", *sensor) == _called("ask", "params/own.yaml", *sensor)
+    answer = _called("ask", "bundle", *question)
     pico_clip(folder / "models/clip", hidden_size=48)
-    with pytest.raises(
-        GraftlineError, match="its image encoder transformers:models/clip has the digest"
-    ):
-        _called("ask", "bundle", *question)
+    (folder / "bundle").rename(tmp_path / "moved")  # it holds the encoder that it was made with
+    assert _called("ask", str(tmp_path / "moved"), *question) == answer
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle, "same_here", lambda _: "0" * 64)
+        with pytest.raises(GraftlineError, match="its image encoder transformers:.*has the digest"):
+            _called("ask", str(tmp_path / "moved"), *question)
+    weights = tmp_path / "moved/encoders/image/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(GraftlineError, match="encoders/image/model.safetensors"):
+        _called("ask", str(tmp_path / "moved"), *question)
     found = json.loads(_called("plan", "params/own.yaml", "--json"))
     stale = [step for step in found["steps"] if not step["cached"]]
     assert "image: features" in {step["label"] for step in stale}
