@@ -183,7 +183,7 @@ class Asker:
                 )
             except torch.OutOfMemoryError as error:
                 raise GraftlineError(
-                    f"{self._device}: has no memory left; ask for fewer at once, or take "
+                    f"{device_named(self._device)} has no memory left; ask for fewer at once, or take "
                     "`--device cpu`"
                 ) from error
 
