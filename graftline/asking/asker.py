@@ -183,8 +183,8 @@ class Asker:
                 )
             except torch.OutOfMemoryError as error:
                 raise GraftlineError(
-                    f"{device_named(self._device)} has no memory left; ask for fewer at once, or take "
-                    "`--device cpu`"
+                    f"{device_named(self._device)} has no memory left; ask for fewer at once, or "
+                    "take --device cpu"
                 ) from error
 
     def encode(self, turns: Sequence[Turn]) -> EncodedPrompt:
